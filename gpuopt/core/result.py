@@ -1,0 +1,519 @@
+"""What is found: samples, records, verdicts and reports, as plain values with units in their names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from gpuopt.core.spec import BackendSpec, Precision
+
+SCHEMA_VERSION = 1
+
+
+class Status(StrEnum):
+    """How a candidate ended. `ok` alone is ranked."""
+
+    OK = "ok"
+    UNSUPPORTED = "unsupported"
+    COMPILE_ERROR = "compile_error"
+    ACCURACY_FAIL = "accuracy_fail"
+    NAN = "nan"
+    OOM_DEVICE = "oom_device"
+    OOM_HOST = "oom_host"
+    TIMEOUT = "timeout"
+    CRASH = "crash"
+    ENV_MISSING = "env_missing"
+    BAD_INPUT = "bad_input"
+    CANCELLED = "cancelled"
+    SKIPPED = "skipped"
+    DISK_FULL = "disk_full"
+    BUG = "bug"
+    """An error of gpuopt's own: an impossible figure, an exception nobody classified."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """Raw times of single calls, in the order taken."""
+
+    samples_ns: tuple[int, ...] = ()
+    warmup_ns: tuple[int, ...] = ()
+    """Runs before the stop rule called it steady; kept, never counted."""
+    wall_ns: int | None = None
+    """Host time over all counted calls, synchronised at both ends."""
+    clock: str = ""
+    """`cuda-event`, `perf_counter` or `fake`."""
+    block_sizes: tuple[int, ...] = ()
+    """How many consecutive samples belong to each interleaved block."""
+    steady: bool = True
+    """False when warm-up ran out of time before two windows agreed."""
+
+    def __add__(self, other: Samples) -> Samples:
+        """Samples of both, in order; blocks stay apart."""
+        wall = None if self.wall_ns is None and other.wall_ns is None else (self.wall_ns or 0) + (other.wall_ns or 0)
+        return Samples(
+            samples_ns=self.samples_ns + other.samples_ns,
+            warmup_ns=self.warmup_ns + other.warmup_ns,
+            wall_ns=wall,
+            clock=self.clock or other.clock,
+            block_sizes=self.block_sizes + other.block_sizes,
+            steady=self.steady and other.steady,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Milliseconds; a percentile the sample count does not support is None."""
+
+    num_samples: int
+    median: float
+    mean: float
+    min: float
+    max: float
+    stdev: float | None = None
+    ci95_low: float | None = None
+    ci95_high: float | None = None
+    """Bootstrap interval of the median."""
+    p90: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+    num_outliers: int = 0
+    """By modified z-score; reported, never dropped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relative:
+    """B against A from interleaved pairs; ratio above 1 means B is faster (time A / time B)."""
+
+    ratio: float
+    ci95_low: float
+    ci95_high: float
+    num_pairs: int
+    verdict: str
+    """`faster`, `slower`, `same` or `inconclusive`."""
+    threshold: float
+    """Practical significance the verdict was given at, relative."""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpRecord:
+    """One ATen op (or kernel) summed over its calls in one forward."""
+
+    op: str
+    """`aten.mm`, or a kernel's name in rows nothing could be attributed to."""
+    module: str
+    """Qualified name; "" is the root, "?" unknown."""
+    dtype: str | None = None
+    """Dtype it computes in; `tf32` where fp32 products go through tensor cores."""
+    count: int = 1
+    time_ns: float | None = None
+    """Device time on a GPU, self time on a CPU, a forward."""
+    flops: float | None = None
+    """2 a multiply-add; None is "no formula", never 0."""
+    bytes: float | None = None
+    """Compulsory traffic: each distinct input read once, each output written once."""
+    kernels: tuple[str, ...] = ()
+    module_class: str = ""
+    shapes: str = ""
+    """Commonest input shapes, for reading."""
+    line: str | None = None
+    """Source line that called it, where known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Count:
+    """FLOPs and bytes of one forward, from the ATen graph; no times."""
+
+    records: tuple[OpRecord, ...]
+    flops: float
+    """Sum of the known ones."""
+    flops_by_dtype: dict[str, float]
+    bytes: float
+    """Sum over ops: traffic without any fusion."""
+    coverage: float
+    """0..1, share of estimated traffic in ops with a known count."""
+    unknown_ops: tuple[str, ...] = ()
+    """Ops that compute but have no formula, worst first."""
+    num_parameters: int | None = None
+    method: str = ""
+    """How it was counted: `aten dispatch`, `onnx graph`."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ceiling:
+    """One limit of a device."""
+
+    quantity: str
+    """`fp16`, `bf16`, `tf32`, `fp32`, `fp64`, `fp8`, `int8` (compute); `memory`, `read`, `copy`, `inplace`, `h2d`, `d2h` (bytes)."""
+    value: float
+    unit: str
+    """`FLOP/s` or `byte/s`."""
+    kind: str
+    """`measured` or `spec`."""
+    source: str
+    """How it was measured, or which document says so."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ceilings:
+    """All limits known of one device."""
+
+    rows: tuple[Ceiling, ...] = ()
+
+    def find(self, quantity: str, kind: str) -> Ceiling | None:
+        """The row of this quantity and kind, or None: unknown stays unknown."""
+        for row in self.rows:
+            if row.quantity == quantity and row.kind == kind:
+                return row
+        return None
+
+    def flops(self, dtype: str | None, kind: str) -> float | None:
+        """FLOP/s for a torch dtype name or a precision name; None where unknown."""
+        row = self.find(CEILING_OF_DTYPE.get(dtype or "", dtype or ""), kind)
+        return row.value if row else None
+
+    def bandwidth(self, kind: str, quantity: str = "memory") -> float | None:
+        """Bytes a second; None where unknown."""
+        row = self.find(quantity, kind)
+        return row.value if row else None
+
+
+CEILING_OF_DTYPE = {
+    "float64": "fp64",
+    "float32": "fp32",
+    "tf32": "tf32",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float8_e4m3fn": "fp8",
+    "float8_e5m2": "fp8",
+    "int8": "int8",
+    "uint8": "int8",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """What the machine under the model is."""
+
+    id: str
+    """`cpu`, `cuda:0`, `null`."""
+    name: str
+    kind: str
+    """`cuda`, `cpu` or `null`."""
+    uuid: str | None = None
+    capability: str | None = None
+    """CUDA compute capability, `9.0`."""
+    num_sms: int | None = None
+    num_cores: int | None = None
+    """CPU: cores this process may use."""
+    memory_bytes: int | None = None
+    cache_bytes: int | None = None
+    """Last-level cache: L2 of a GPU, L3 of a CPU."""
+    driver: str | None = None
+    clocks_mhz: dict[str, int] = field(default_factory=dict)
+    power_limit_w: float | None = None
+    temperature_c: int | None = None
+    throttle_reasons: tuple[str, ...] = ()
+    other_processes: int | None = None
+    """Processes of others holding memory on this GPU; None where the driver does not say."""
+    ceilings: Ceilings = field(default_factory=Ceilings)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RooflinePoint:
+    """One op, kernel or module against the ceilings."""
+
+    name: str
+    module: str
+    dtype: str | None
+    count: int
+    time_ns: float | None
+    flops: float | None
+    bytes: float | None
+    intensity: float | None
+    """FLOPs a byte."""
+    bound: str
+    """`compute`, `memory` or `unknown`."""
+    pct_of_ceiling: float | None
+    """Floor time over measured time, in percent; None without a time or a ceiling."""
+    ceiling: str
+    """Which ceiling and its kind, as printed: `fp16 measured`."""
+    floor_ns: float | None = None
+    """max(FLOPs / peak, bytes / bandwidth)."""
+    note: str = ""
+    """Why a point may lie above the measured ceiling: its working set fits a cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleRow:
+    """One module of the tree, with everything below it."""
+
+    name: str
+    """Qualified; "" is the root."""
+    module_class: str
+    depth: int
+    time_ns: float | None
+    flops: float | None
+    bytes: float | None
+    num_parameters: int | None = None
+    pct_of_time: float | None = None
+    pct_of_ceiling: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaterfallPart:
+    """A slice of the wall time of one forward."""
+
+    name: str
+    ms: float
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waterfall:
+    """Where the untraced wall time of one forward went; parts sum to it, the rest is a part of its own."""
+
+    wall_ms: float
+    parts: tuple[WaterfallPart, ...]
+    unaccounted_ms: float
+    """Also present in `parts`, as `unaccounted`."""
+    method: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputError:
+    """One output of a candidate against the reference."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    rmse: float | None
+    rms_reference: float | None
+    relative_rmse: float | None
+    """RMSE / RMS(reference)."""
+    max_abs: float | None
+    cosine: float | None
+    """Reported, never gated on."""
+    snr_db: float | None
+    num_nonfinite: int = 0
+    num_nonfinite_reference: int = 0
+    twin_rmse: float | None = None
+    """RMSE of eager at the same dtype against the same reference: the yardstick."""
+    ratio: float | None = None
+    """rmse / twin_rmse."""
+    limit_rmse: float | None = None
+    """What rmse had to stay under."""
+    exact_mismatches: int | None = None
+    """Integers and booleans: how many differ."""
+    passed: bool = True
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One of the two stages of the accuracy gate, over all outputs and seeds."""
+
+    name: str
+    """`structure` (fp32 twin) or `precision`."""
+    passed: bool
+    outputs: tuple[OutputError, ...]
+    """Worst over the seeds, one an output."""
+    worst: str | None = None
+    """Name of the worst output."""
+    seeds: tuple[int, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """Verdict of the gate."""
+
+    passed: bool
+    reference: str
+    """`fp64`, or `fp32` with the reason fp64 could not be had."""
+    stages: tuple[Stage, ...] = ()
+    worst_output: str | None = None
+    relative_rmse: float | None = None
+    """Of the worst output of the last stage."""
+    deterministic: bool | None = None
+    """Two calls gave the same bits."""
+    mutates_inputs: bool = False
+    reason: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionAudit:
+    """What the built artifact really runs in."""
+
+    shares: dict[str, float]
+    """dtype -> share of FLOPs, 0..1; sums to 1 where anything is known."""
+    method: str
+    """How it was read back: `post-grad graph`, `engine inspector`, `onnx graph + placement`, `network layers`."""
+    honoured: bool
+    """The requested dtype carries (nearly) all FLOPs."""
+    requested: str | None = None
+    placements: dict[str, float] = field(default_factory=dict)
+    """Execution provider -> share of FLOPs, for onnxruntime."""
+    exceptions: tuple[str, ...] = ()
+    """Largest layers in another dtype, by name."""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """Something a user should change. Rules come with the doctor; loaders and inputs already use it for what they noticed."""
+
+    code: str
+    severity: str
+    """`error`, `warning` or `info`."""
+    message: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One candidate, built, verified and timed; or the reason why not."""
+
+    model: str
+    backend: str
+    preset: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    precision: str | None = None
+    transforms: tuple[str, ...] = ()
+    batch: int | None = None
+    dims: dict[str, int] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
+    """Bound tensor specs as text."""
+    input_source: str = ""
+    input_mode: str = "device"
+    status: Status = Status.OK
+    reason: str = ""
+    fix: str = ""
+    latency_ms: Stats | None = None
+    samples_per_s: float | None = None
+    flops: float | None = None
+    """A call."""
+    flops_by_dtype: dict[str, float] = field(default_factory=dict)
+    flop_coverage: float | None = None
+    flop_source: str = ""
+    bytes: float | None = None
+    tflops: float | None = None
+    pct_of_measured: float | None = None
+    pct_of_spec: float | None = None
+    pct_of_roofline: float | None = None
+    """Floor time (per-op max of compute and memory, unfused) over measured time."""
+    peak_bytes: int | None = None
+    energy_j_per_sample: float | None = None
+    mean_power_w: float | None = None
+    load_s: float | None = None
+    compile_s: float | None = None
+    cold_start_s: float | None = None
+    """First call after the build."""
+    accuracy: Accuracy | None = None
+    precision_audit: PrecisionAudit | None = None
+    samples_ns: tuple[int, ...] = ()
+    warmup_ns: tuple[int, ...] = ()
+    block_sizes: tuple[int, ...] = ()
+    wall_ms: float | None = None
+    """Host wall time a call, over the counted calls."""
+    clock: str = ""
+    throttled_ms: dict[str, float] = field(default_factory=dict)
+    """Time NVML says was lost in this run, by reason."""
+    relative: Relative | None = None
+    """Against the first run of the report, interleaved with it."""
+    waterfall: Waterfall | None = None
+    roofline: tuple[RooflinePoint, ...] = ()
+    modules: tuple[ModuleRow, ...] = ()
+    unknown_ops: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    reproduce: str = ""
+    """A line that runs this candidate alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """Versions and settings a figure depends on; no machine's paths."""
+
+    gpuopt: str
+    python: str
+    platform: str
+    packages: dict[str, str] = field(default_factory=dict)
+    cuda: str | None = None
+    cudnn: str | None = None
+    flags: dict[str, str] = field(default_factory=dict)
+    """Environment variables that change results (TORCHINDUCTOR_*, CUDA_VISIBLE_DEVICES, …)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateResult:
+    """One gate, judged."""
+
+    name: str
+    passed: bool
+    figure: str
+    limit: str
+    run: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything a command found. Anything on screen can be made again from this."""
+
+    schema_version: int
+    command: str
+    verb: str
+    environment: Environment
+    device: Device | None = None
+    runs: tuple[Run, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    gates: tuple[GateResult, ...] = ()
+    output: str | None = None
+    """Name of the bundle or file written."""
+    tables: dict[str, Any] = field(default_factory=dict)
+    """Verb-specific facts: the backend matrix, the conversion's checks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestFile:
+    """One file of a bundle."""
+
+    name: str
+    sha256: str
+    bytes: int
+    role: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """`manifest.json` of a bundle."""
+
+    schema_version: int
+    gpuopt: str
+    model: str
+    model_sha256: str | None
+    backend: BackendSpec
+    precision: Precision | None
+    transforms: tuple[str, ...]
+    files: tuple[ManifestFile, ...]
+    fingerprint: dict[str, str]
+    """What the native code was built for: torch, cuda, driver, device name, capability, platform, backend's library."""
+    inputs: tuple[str, ...]
+    """Specs with their free dimensions, as text."""
+    dims: dict[str, int]
+    dim_ranges: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Accepted range of each dynamic dimension; a dimension absent here is fixed."""
+    positional: int = 0
+    """How many of the inputs are positional; the rest are keywords."""
+    device: str = "cpu"
+    verified: bool = False
+    run: Run | None = None
+    """Accuracy and speed evidence."""
+    flops: float | None = None
+    flops_by_dtype: dict[str, float] = field(default_factory=dict)
+    flop_coverage: float | None = None
+    seed: int = 0
+    notes: tuple[str, ...] = ()
