@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
-from functools import cache
+import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +19,13 @@ from gpuopt.core.errors import BadInput, UsageError
 T = TypeVar("T")
 
 
-@cache
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
+
+
 def _adapter(cls: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(cls)
+    if cls not in _ADAPTERS:  # building one costs milliseconds
+        _ADAPTERS[cls] = TypeAdapter(cls)
+    return _ADAPTERS[cls]
 
 
 def dump(value: Any) -> Any:
@@ -66,12 +72,88 @@ def read_json(cls: type[T], path: Path) -> T:
 def load_yaml(text: str, *, what: str) -> Any:
     """YAML text -> plain types. Duplicate keys, aliases and custom tags are refused. Raises UsageError with the line."""
     try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader subclass
+        return yaml.load(text, Loader=_StrictLoader)
+    except RecursionError as error:
+        raise UsageError(f"{what}: nested too deeply", fix="recipes are flat") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise UsageError(f"{what}{line}: {problem}", fix="recipes are plain YAML without aliases or repeated keys") from error
+
+
+def from_yaml(cls: type[T], text: str, *, what: str) -> T:
+    """YAML text -> a dataclass, as strictly as JSON. Raises UsageError naming the key path and its line."""
+    plain = load_yaml(text, what=what)
+    lines = yaml_lines(text)
+    if not isinstance(plain, dict):
+        raise UsageError(f"{what}: not a mapping of keys to values", fix="see docs/recipes.md")
+    _refuse_odd(plain, (), lines, what)
+    try:
+        value: T = _adapter(cls).validate_json(json.dumps(plain), extra="forbid", strict=True)
+        return value
+    except ValidationError as error:
+        raise _located(error, cls, lines, what) from error
+
+
+def yaml_lines(text: str) -> dict[tuple[Any, ...], int]:
+    """Path of every key and item of a YAML text that `from_yaml` accepts -> its line, from 1."""
+    return _key_lines(yaml.compose(text, Loader=_StrictLoader), ())
+
+
+def _located(error: ValidationError, cls: Any, lines: dict[tuple[Any, ...], int], what: str) -> UsageError:
+    """The deepest complaint, at the place in the file it is about: of a union, pydantic names every branch."""
+    details = error.errors(include_url=False)
+
+    def place(loc: tuple[Any, ...]) -> tuple[Any, ...]:
+        while loc and loc not in lines:
+            loc = loc[:-1]
+        return loc
+
+    chosen = max(details, key=lambda d: (d["type"] == "unexpected_keyword_argument", len(place(d["loc"]))))
+    path = place(chosen["loc"])
+    at = f"{what}{f' line {lines[path]}' if path else ''}: {'.'.join(str(p) for p in path) or 'the top'}"
+    if chosen["type"] == "unexpected_keyword_argument":
+        name = str(chosen["loc"][-1])
+        known = [f.name for f in fields(cls)] if len(chosen["loc"]) == 1 and is_dataclass(cls) else []
+        close = difflib.get_close_matches(name, known, n=1)
+        what_key = at if path and path[-1] == name else f"{at}: {name!r}"
+        return UsageError(f"{what_key} is not a key here", fix=f"did you mean {close[0]}?" if close else "see docs/recipes.md")
+    wanted = list(dict.fromkeys(d["msg"] for d in details if place(d["loc"]) == path))
+    return UsageError(f"{at}: {' or '.join(wanted)}", fix="see docs/recipes.md")
+
+
+def _key_lines(node: Any, path: tuple[Any, ...]) -> dict[tuple[Any, ...], int]:
+    """Path of every key and item -> its line, from 1."""
+    found: dict[tuple[Any, ...], int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            found[(*path, key.value)] = key.start_mark.line + 1
+            found |= _key_lines(value, (*path, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            found[(*path, index)] = value.start_mark.line + 1
+            found |= _key_lines(value, (*path, index))
+    return found
+
+
+def _refuse_odd(plain: Any, path: tuple[Any, ...], lines: dict[tuple[Any, ...], int], what: str) -> None:
+    """NaN, infinities, dates, sets and keys that are no text: what YAML can say and JSON cannot."""
+    at = f"{what}{f' line {lines[path]}' if path in lines else ''}: {'.'.join(str(p) for p in path)}"
+    if isinstance(plain, float) and not math.isfinite(plain):
+        raise UsageError(f"{at} is {plain}", fix="a finite number, or leave the key out")
+    if isinstance(plain, dict):
+        for key, item in plain.items():
+            if not isinstance(key, str):
+                raise UsageError(
+                    f"{what}: the key {key!r} under {'.'.join(str(p) for p in path) or 'the top'} is not text", fix="put it in quotes"
+                )
+            _refuse_odd(item, (*path, key), lines, what)
+    elif isinstance(plain, list):
+        for index, item in enumerate(plain):
+            _refuse_odd(item, (*path, index), lines, what)
+    elif plain is not None and not isinstance(plain, str | int | float | bool):
+        raise UsageError(f"{at} is a {type(plain).__name__}", fix="put it in quotes")
 
 
 def digest(value: Any) -> str:
@@ -96,7 +178,12 @@ def _refuse_nonfinite(plain: Any, path: str) -> None:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses aliases (bombs) and duplicate keys (silent overwrites)."""
+    """SafeLoader that refuses aliases (bombs) and duplicate keys (silent overwrites), with YAML 1.2's scalars.
+
+    YAML 1.1, PyYAML's default, reads `1:8:16` as 4096, `010` as 8, `no` as false and `5e-3` as text.
+    """
+
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -112,3 +199,16 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"(?:null|Null|NULL|~|)$", ["n", "N", "~", ""]),
+    ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)$", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$",
+        list("-+.0123456789"),
+    ),
+):
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)

@@ -161,6 +161,8 @@ class Ceilings:
     """All limits known of one device."""
 
     rows: tuple[Ceiling, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Why a row is missing, or why it was measured again."""
 
     def find(self, quantity: str, kind: str) -> Ceiling | None:
         """The row of this quantity and kind, or None: unknown stays unknown."""
@@ -412,7 +414,7 @@ class Run:
     load_s: float | None = None
     compile_s: float | None = None
     cold_start_s: float | None = None
-    """First call after the build."""
+    """From the start of a fresh process to its first answer: imports, loading, build, first call."""
     accuracy: Accuracy | None = None
     precision_audit: PrecisionAudit | None = None
     samples_ns: tuple[int, ...] = ()
@@ -460,6 +462,19 @@ class GateResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a command ended without finishing; what it had found until then is in the same report."""
+
+    id: str
+    """Stable: `GPO200`; `GPO000` is a bug of gpuopt."""
+    type: str
+    """Class name of the error."""
+    message: str
+    fix: str = ""
+    exit_code: int = 70
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """Everything a command found. Anything on screen can be made again from this."""
 
@@ -475,6 +490,8 @@ class Report:
     """Name of the bundle or file written."""
     tables: dict[str, Any] = field(default_factory=dict)
     """Verb-specific facts: the backend matrix, the conversion's checks."""
+    error: Failure | None = None
+    """The command failed; None where it came to its end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

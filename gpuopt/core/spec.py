@@ -55,7 +55,9 @@ DTYPE_BYTES = {
 }
 """Bytes an element of every dtype a TensorSpec may name."""
 
-_SPEC = re.compile(r"^(?:(?P<name>[^:\[\]\s]+):)?(?P<dtype>[a-z0-9_]+)\[(?P<shape>[^\]]*)\]$")
+_SPEC = re.compile(
+    r"^(?:(?P<name>[^:\[\]\s]+):)?(?P<dtype>[a-z0-9_]+)\[(?P<shape>[^\]]*)\](?:<(?P<high>\d+)|=(?P<fill>-?\d+(?:\.\d+)?))?$"
+)
 _SHORT_DTYPES = {
     "fp64": "float64",
     "fp32": "float32",
@@ -70,7 +72,10 @@ _SHORT_DTYPES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """One input: `x:float16[N,3,224,224]`. A letter in the shape is a free dimension."""
+    """One input: `x:float16[N,3,224,224]`. A letter in the shape is a free dimension.
+
+    Two endings say what random data must look like: `ids:int64[N,S]<30522` draws whole numbers below 30522, `mask:int64[N,S]=1` is all ones.
+    """
 
     name: str
     dtype: str
@@ -100,7 +105,9 @@ class TensorSpec:
                 raise UsageError(
                     f"input {text!r} has the dimension {part!r}", fix="a dimension is a whole number from 0, or a letter for a free one"
                 )
-        return cls(name=match["name"] or "", dtype=dtype, shape=tuple(shape))
+        high = int(match["high"]) if match["high"] else None
+        fill = float(match["fill"]) if match["fill"] else None
+        return cls(name=match["name"] or "", dtype=dtype, shape=tuple(shape), high=high, fill=fill)
 
     def bind(self, dims: dict[str, int]) -> TensorSpec:
         """Replace free dimensions by `dims`. Raises UsageError naming one that is not given."""
@@ -115,7 +122,8 @@ class TensorSpec:
         return tuple(dict.fromkeys(p for p in self.shape if isinstance(p, str)))
 
     def __str__(self) -> str:
-        return f"{self.name + ':' if self.name else ''}{self.dtype}[{','.join(str(p) for p in self.shape)}]"
+        data = f"<{self.high}" if self.high is not None else f"={self.fill:g}" if self.fill is not None else ""
+        return f"{self.name + ':' if self.name else ''}{self.dtype}[{','.join(str(p) for p in self.shape)}]{data}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,6 +310,12 @@ class Job:
     """Any failed candidate makes the exit code 1."""
     allow_inaccurate: bool = False
     build_only: bool = False
+    to: str | None = None
+    """`convert`: the file form to write, `onnx`, `pt2` or `safetensors`."""
+    device: str | None = None
+    """For verbs without a candidate (`device`, `backends`); None is the default device."""
+    refresh: bool = False
+    """`device`: measure the ceilings again instead of reading the cache."""
     depth: int = 3
     """Levels of the module tree shown."""
     command: str = ""

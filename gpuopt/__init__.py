@@ -1,0 +1,25 @@
+"""gpuopt: profile, convert, compile and bench models against the roofline, with proof.
+
+The verbs of the command line are functions here: `gpuopt.profile(model, inputs)`, `gpuopt.bench(model, inputs)`,
+`gpuopt.convert(model, ...)`, `gpuopt.compile(model, inputs, ...)`, `gpuopt.load("bundle/")`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gpuopt._version import __version__
+
+if TYPE_CHECKING:
+    from gpuopt.api import bench, compile, convert, load, profile
+
+__all__ = ["__version__", "bench", "compile", "convert", "load", "profile"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the verbs on first use: `import gpuopt` must not import torch."""
+    if name in __all__:
+        from gpuopt import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'gpuopt' has no attribute {name!r}")

@@ -1,0 +1,47 @@
+"""A precision -> how much error a correct candidate may show, and why.
+
+The yardstick is never a fixed rtol: a correct bf16 transformer is inside `assert_close` for a quarter to a half of its elements, and cosine > 0.99
+passes every seeded bug (measuring.md D.2). It is the error plain eager makes at the same dtype against the same fp64 reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+from gpuopt.core.spec import Precision, Tolerance
+
+_UNIT_ROUNDOFF = {
+    Precision.TF32: 2.0**-11,
+    Precision.FP16: 2.0**-11,
+    Precision.BF16: 2.0**-8,
+}
+"""Half a unit in the last place: what rounding one result costs at most. A candidate that computed exactly would still have this error, and an
+eager twin may be lucky on an output it hardly touched, so it is the floor of stage 2."""
+
+APPROXIMATION_FLOOR = 1e-3
+"""Structure floor of a declared approximation; tanh GELU for erf GELU is 2.7e-4 of RMS over six layers, 871 times eager fp32's ratio limit aside."""
+
+SNR_DB = {Precision.INT8: 20.0, Precision.FP8: 17.0}
+"""Quantised candidates have no eager twin. int8 weights reach 26 dB, dynamic fp8 by row on a random BERT-large 18 dB; 20 dB is 10% relative error."""
+
+
+def default(precision: Precision | None, *, approximate: bool = False) -> Tolerance:
+    """Limits for a candidate of this precision; None is fp32. `approximate` when its transform declares an approximation."""
+    precision = precision or Precision.FP32
+    # Eager fp32 and a correct fp32 rewrite differ by summation order alone: 2. Lower precisions also differ in where they round: 3
+    # (torch._dynamo.utils.same uses the same two).
+    ratio = 2.0 if precision in (Precision.FP32, Precision.FP64) else 3.0
+    return Tolerance(
+        structure_ratio=3.0,
+        structure_floor=APPROXIMATION_FLOOR if approximate else 1e-4,
+        precision_ratio=ratio,
+        precision_floor=_UNIT_ROUNDOFF.get(precision, 1e-6),
+        min_snr_db=SNR_DB.get(precision),
+    )
+
+
+def merged(precision: Precision | None, asked: Tolerance) -> Tolerance:
+    """Defaults for the precision, with every field of `asked` that differs from a plain Tolerance() put over them."""
+    plain = Tolerance()
+    changed = {f.name: getattr(asked, f.name) for f in fields(Tolerance) if getattr(asked, f.name) != getattr(plain, f.name)}
+    return replace(default(precision), **changed)

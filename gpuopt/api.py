@@ -1,0 +1,252 @@
+"""The verbs for a live `nn.Module`: the same steps as the command line, in the caller's own process.
+
+    report = gpuopt.profile(model, x)
+    report = gpuopt.bench(model, x, backends=("eager", "inductor"), precisions=("fp32", "fp16"))
+    half = gpuopt.convert(model, x, precision="fp16", channels_last=True)
+    report = gpuopt.compile(model, x, backend="aoti", precision="fp16", output="fast/")
+    fast = gpuopt.load("fast/"); y = fast(x)
+
+Nothing is isolated here: a backend that crashes takes the caller with it. The command line runs each candidate in a process of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpuopt.bundles import write as bundle_writer
+from gpuopt.core.errors import GateFailed, UsageError
+from gpuopt.core.live import Inputs, Model
+from gpuopt.core.result import SCHEMA_VERSION, Count, Report, Run, Samples, Status
+from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, ModelRef, Precision, TensorSpec, Tolerance, Transforms
+from gpuopt.pipeline import facts, figures, manifests, pairs
+from gpuopt.pipeline.session import Session
+
+PRACTICAL_THRESHOLD = 0.02
+
+
+def profile(
+    model: torch.nn.Module,
+    inputs: Any,
+    *,
+    backend: str = "eager",
+    precision: str | None = None,
+    device: str = "auto",
+    depth: int = 3,
+    spec: BenchSpec | None = None,
+) -> Report:
+    """Where the time of `model(*inputs)` goes, and how far that is from the roofline.
+
+    `inputs` is a tensor, a tuple of them, or a dict of keyword arguments. Raises GpuoptError for whatever the caller can act on.
+    """
+    spec = spec or BenchSpec()
+    found = _survey(device)
+    with _session(model, inputs, _candidate(backend, precision, device)) as (session, run):
+        made = session.build()
+        run = figures.built(run, made)
+        run = figures.measured(run, session.measure(spec), found.device, made.count)
+        assert run.latency_ms is not None
+        run = figures.profiled(run, session.profile(found.device, run.wall_ms or run.latency_ms.median, depth))
+    return _report("profile", found, [run])
+
+
+def bench(
+    model: torch.nn.Module,
+    inputs: Any,
+    *,
+    backends: Sequence[str] = ("eager",),
+    precisions: Sequence[str | None] = (None,),
+    device: str = "auto",
+    spec: BenchSpec | None = None,
+    tolerance: Tolerance | None = None,
+) -> Report:
+    """Verified times of every backend x precision, in interleaved blocks. `backends` are written as on the command line: `inductor:max-autotune`."""
+    spec, tolerance = spec or BenchSpec(), tolerance or Tolerance()
+    found = _survey(device)
+    runs: list[Run] = []
+    counts: list[Count | None] = []
+    live: list[tuple[int, Session]] = []
+    with _closing(live):
+        for precision in precisions:
+            for backend in backends:
+                session = Session()
+                candidate = _candidate(backend, precision, device)
+                live.append((len(runs), session))
+                run = figures.loaded(figures.started(candidate), session.adopt(candidate, *_live(model, inputs)))
+                made = session.build()
+                counts.append(made.count)
+                run = figures.built(run, made)
+                if run.status is Status.OK and spec.verify != "off":
+                    run = figures.verified(run, session.verify(tolerance, spec.verify))
+                runs.append(run)
+        timed = {index: session for index, session in live if runs[index].status is Status.OK}
+        samples = {index: session.warm(spec).samples for index, session in timed.items()}
+        sides: dict[int, Callable[[], Samples]] = {i: (lambda s=s: s.block(spec).samples) for i, s in timed.items()}  # type: ignore[misc]
+        blocks = pairs.interleave(sides, spec)
+        for index, session in timed.items():
+            samples[index] = samples[index] + pairs.joined(blocks[index])
+            runs[index] = figures.measured(runs[index], replace(session.meters(spec), samples=samples[index]), found.device, counts[index])
+    first = min(timed, default=None)
+    for index in timed:
+        if first is not None and index != first:
+            runs[index] = figures.relative(runs[index], samples[first], samples[index], PRACTICAL_THRESHOLD)
+    return _report("bench", found, runs)
+
+
+def convert(
+    model: torch.nn.Module,
+    inputs: Any,
+    *,
+    precision: str | None = None,
+    channels_last: bool = False,
+    fold_batch_norm: bool = False,
+    keep_fp32: Sequence[str] = (),
+    tolerance: Tolerance | None = None,
+) -> torch.nn.Module:
+    """A changed, verified copy of `model` on the CPU; the original is left alone. Raises GateFailed when the copy is outside the accuracy gate."""
+    change = Transforms(channels_last=channels_last, fold_batch_norm=fold_batch_norm, keep_fp32=tuple(keep_fp32))
+    with _session(model, inputs, replace(_candidate("eager", precision, "cpu"), transforms=change)) as (session, run):
+        run = figures.built(run, session.build())
+        run = figures.verified(run, session.verify(tolerance or Tolerance()))
+        if run.status is not Status.OK:
+            raise GateFailed(run.reason, fix=run.fix)
+        module: torch.nn.Module = session.changed_module()
+        return module
+
+
+def compile(
+    model: torch.nn.Module,
+    inputs: Any,
+    *,
+    backend: str = "inductor",
+    precision: str | None = None,
+    output: str | Path,
+    device: str = "auto",
+    force: bool = False,
+    spec: BenchSpec | None = None,
+    tolerance: Tolerance | None = None,
+) -> Report:
+    """Build one backend, verify it, time it and write a bundle. Raises GateFailed when it is outside the accuracy gate; nothing is written then."""
+    spec = spec or BenchSpec()
+    target = Path(output)
+    bundle_writer.check_target(target, force=force)
+    found = _survey(device)
+    candidate = _candidate(backend, precision, device)
+    with _session(model, inputs, candidate) as (session, run):
+        made = session.build()
+        run = figures.verified(figures.built(run, made), session.verify(tolerance or Tolerance()))
+        if run.status is not Status.OK:
+            raise GateFailed(run.reason, fix=run.fix)
+        run = figures.measured(run, session.measure(spec), found.device, made.count)
+        with bundle_writer.staging(target, force=force) as folder:
+            saved = session.save(str(folder))
+            bundle_writer.publish(folder, target, manifests.assemble(candidate, run, saved, verified=True), force=force)
+    return replace(_report("compile", found, [run]), output=target.name)
+
+
+def load(bundle: str | Path, *, device: str = "auto", trust: Sequence[str] = ()) -> Callable[..., Any]:
+    """A bundle -> a callable that checks shapes, dtypes and devices before it runs. Close it with `.close()`, or let the process end."""
+    session = Session()
+    candidate = Candidate(model=ModelRef(text=str(bundle), trust=tuple(trust)), device=device)
+    session.load(candidate)
+    session.build()
+    return Loaded(session)
+
+
+class Loaded:
+    """A bundle's runner with the session that keeps it alive."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._runner = session.runner()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run once, without gradients."""
+        return self._runner(*args, **kwargs)
+
+    def close(self) -> None:
+        """Give back device memory."""
+        self._session.close()
+
+
+@contextmanager
+def _session(model: torch.nn.Module, inputs: Any, candidate: Candidate) -> Iterator[tuple[Session, Run]]:
+    session = Session()
+    try:
+        yield session, figures.loaded(figures.started(candidate), session.adopt(candidate, *_live(model, inputs)))
+    finally:
+        session.close()
+
+
+@contextmanager
+def _closing(live: list[tuple[int, Session]]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for _, session in live:
+            session.close()
+
+
+def _candidate(backend: str, precision: str | None, device: str) -> Candidate:
+    return Candidate(
+        model=ModelRef(text=""), backend=BackendSpec.parse(backend), precision=Precision(precision) if precision else None, device=device
+    )
+
+
+def _live(module: torch.nn.Module, inputs: Any) -> tuple[Model, Inputs]:
+    """A caller's module and tensors as the handles the pipeline takes. The first dimension of the first tensor is the batch, N."""
+    if not isinstance(module, torch.nn.Module):
+        raise UsageError(f"a torch.nn.Module is wanted, not {type(module).__name__}", fix="pass the module itself")
+    if isinstance(inputs, Inputs):
+        bound = inputs
+    else:
+        kwargs: Mapping[str, Any] = inputs if isinstance(inputs, Mapping) else {}
+        args = () if isinstance(inputs, Mapping) else tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)
+        named = [(f"arg{i}", value) for i, value in enumerate(args)] + list(kwargs.items())
+        for name, value in named:
+            if not isinstance(value, torch.Tensor):
+                raise UsageError(
+                    f"input {name} is a {type(value).__name__}, not a tensor", fix="pass tensors, a tuple of them, or a dict of them"
+                )
+        specs = tuple(TensorSpec(name=n, dtype=str(v.dtype).removeprefix("torch."), shape=tuple(v.shape)) for n, v in named)
+        batch = named[0][1].shape[0] if named and named[0][1].dim() else 1
+        bound = Inputs(args=args, kwargs=kwargs, specs=specs, dims={"N": batch}, source="the caller's tensors")
+    was_training = module.training
+    floats = [p.dtype for p in module.parameters() if p.is_floating_point()]
+    model = Model(
+        form="module",
+        name=type(module).__name__,
+        module=copy.deepcopy(module).eval() if was_training else module,
+        dtype=str(max(set(floats), key=floats.count)).removeprefix("torch.") if floats else "float32",
+        num_parameters=sum(p.numel() for p in module.parameters()),
+        notes=["the model is in training mode: a copy in eval mode is used"] if was_training else [],
+    )
+    return model, bound
+
+
+def _survey(device: str) -> facts.Survey:
+    session = Session()
+    try:
+        return session.survey(device, refresh=False, ceilings=True)
+    finally:
+        session.close()
+
+
+def _report(verb: str, found: facts.Survey, runs: Sequence[Run]) -> Report:
+    return Report(
+        schema_version=SCHEMA_VERSION,
+        command=f"gpuopt.{verb}(...)",
+        verb=verb,
+        environment=found.environment,
+        device=found.device,
+        runs=tuple(runs),
+    )
+
+
+__all__ = ["bench", "compile", "convert", "load", "profile"]

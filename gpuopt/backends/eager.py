@@ -1,0 +1,155 @@
+"""Model + inputs -> Runner, by calling it: the reference every other backend is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpuopt.core.accepts import Accepts
+from gpuopt.core.errors import Unsupported
+from gpuopt.core.live import Inputs, Model
+from gpuopt.core.result import PrecisionAudit
+from gpuopt.core.spec import Precision
+from gpuopt.core.tally import Tally
+from gpuopt.trust import portable
+
+FORMS = frozenset({"module", "torchscript", "exported"})
+PRESETS: dict[str, dict[str, Any]] = {}
+
+
+def available(device: str) -> str | None:
+    """Why it cannot run here, or None."""
+    return "torch sees no CUDA device" if device.startswith("cuda") and not torch.cuda.is_available() else None
+
+
+def supports(form: str, precision: Precision | None, device: str) -> str | None:
+    """Why this form, precision and device cannot be, or None."""
+    if form not in FORMS:
+        return f"eager runs PyTorch modules, not {form}"
+    if precision in (Precision.FP8, Precision.INT8):
+        return f"a module cannot be cast to {precision}: quantise it first"
+    if precision is Precision.TF32 and not device.startswith("cuda"):
+        return "TF32 is a mode of NVIDIA tensor cores"
+    return None
+
+
+def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> EagerRunner:
+    """Nothing is compiled; one call finds what cannot run. `options`: `precision`, `dynamic`."""
+    runner = EagerRunner(
+        module=model.module,
+        form=model.form,
+        device=_device_of(inputs),
+        inputs=inputs,
+        precision=options.get("precision"),
+        dynamic=options.get("dynamic") or {},
+    )
+    runner(*inputs.args, **inputs.kwargs)
+    _synchronize(runner.device)
+    return runner
+
+
+def load(folder: Path, files: Mapping[str, str], options: Mapping[str, Any], device: str) -> EagerRunner:
+    """The exported program of a bundle, called as it is; inputs are checked against what it was exported for."""
+    module, accepts = portable.load(folder, files, options)
+    return EagerRunner(module=module, form="exported", device=device, precision=options.get("precision"), accepts=accepts)
+
+
+class EagerRunner:
+    """Calls the module without gradients."""
+
+    def __init__(
+        self,
+        *,
+        module: Any,
+        form: str,
+        device: str,
+        inputs: Inputs | None = None,
+        precision: str | None = None,
+        dynamic: Mapping[str, Any] | None = None,
+        accepts: Accepts | None = None,
+    ) -> None:
+        self.device = device
+        self.notes: list[str] = []
+        self._module = module
+        self._inputs = inputs
+        self._precision = precision
+        self._dynamic = dict(dynamic or {})
+        self._accepts = accepts
+        # inference_mode skips version counters and view tracking, which is worth 5-10% of a launch-bound forward;
+        # an exported graph or a ScriptModule may update buffers in ways it forbids, so those get no_grad.
+        self._mode: type[AbstractContextManager[Any]] = torch.inference_mode if form == "module" else torch.no_grad
+        self._tf32 = _tf32(device)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own outputs."""
+        if self._accepts is not None:
+            self._accepts.check(args, kwargs)
+        with self._mode():
+            return self._module(*args, **kwargs)
+
+    def audit(self) -> PrecisionAudit | None:
+        """Runs one call and weighs every op that PyTorch dispatches. None for a ScriptModule, whose ops are fused out of sight, and for one loaded."""
+        if self._inputs is None or isinstance(self._module, torch.jit.ScriptModule):
+            return None
+        given = self._inputs
+        # Not inference_mode: there, composite ops arrive whole and hide the casts inside them.
+        with torch.no_grad(), _Weigh(Tally(tf32_matmul=self._tf32[0], tf32_conv=self._tf32[1])) as weigh:
+            self._module(*given.args, **given.kwargs)
+        tally: Tally = weigh.tally
+        return tally.audit(self._precision, "aten dispatch of one call")
+
+    def save(self, folder: Path) -> Mapping[str, str]:
+        """The module as an exported program. Raises Unsupported where it cannot be exported."""
+        if self._inputs is None:
+            raise Unsupported("a bundle that was loaded is not saved again", fix="copy its folder")
+        if isinstance(self._module, torch.jit.ScriptModule):
+            raise Unsupported("a ScriptModule has no exported program", fix="ship the TorchScript file itself")
+        return portable.save(self._module, self._inputs, self._dynamic, folder)
+
+    def close(self) -> None:
+        """Let go of the module and its inputs."""
+        self._module = None
+        self._inputs = None
+
+
+class _Weigh(TorchDispatchMode):
+    """Hands every dispatched op to a tally."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, tally: Tally) -> None:
+        super().__init__()
+        self.tally = tally
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.tally.add(str(func), args, kwargs or {}, out)
+        return out
+
+
+def _tf32(device: str) -> tuple[bool, bool]:
+    """Whether fp32 products and fp32 convolutions go through TF32 tensor cores here, now."""
+    if not device.startswith("cuda") or torch.cuda.get_device_capability(device) < (8, 0):
+        return False, False
+    try:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # settings made through the newer interface cannot be read through the older one
+        conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch's stub lacks it
+        return torch.backends.cuda.matmul.fp32_precision == "tf32", conv.fp32_precision == "tf32"
+
+
+def _device_of(inputs: Inputs) -> str:
+    for value in (*inputs.args, *inputs.kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            return str(value.device)
+    return "cpu"
+
+
+def _synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)

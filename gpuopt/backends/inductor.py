@@ -1,0 +1,325 @@
+"""Model + inputs -> Runner, by torch.compile, read back: what it compiled, what it gave up on, and the dtypes it computes in."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from gpuopt.core.errors import Unsupported, UsageError
+from gpuopt.core.live import Inputs, Model
+from gpuopt.core.result import PrecisionAudit
+from gpuopt.core.spec import Precision
+from gpuopt.core.tally import Tally
+from gpuopt.trust import portable
+
+FORMS = frozenset({"module", "exported"})
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "reduce-overhead": {"triton.cudagraphs": True},
+    "max-autotune": {"max_autotune": True, "coordinate_descent_tuning": True, "triton.cudagraphs": True},
+    "max-autotune-no-cudagraphs": {"max_autotune": True, "coordinate_descent_tuning": True},
+    "freezing": {"freezing": True},
+    "freezing-reduce-overhead": {"freezing": True, "triton.cudagraphs": True},
+    "max-autotune-freezing": {"freezing": True, "max_autotune": True, "coordinate_descent_tuning": True, "triton.cudagraphs": True},
+    "max-autotune-freezing-no-cudagraphs": {"freezing": True, "max_autotune": True, "coordinate_descent_tuning": True},
+}
+"""Inductor's own settings; the first four are torch.compile's modes. `freezing` folds weights (batch norm into convolutions) and wants inference."""
+
+_QUIET = {"autotune_num_choices_displayed": 0}
+"""max-autotune prints a table for every product otherwise."""
+_OWN = frozenset({"preset", "precision", "dynamic", "static_outputs", "fullgraph", "trust", "signed_by_us"})
+
+
+def available(device: str) -> str | None:
+    """Why it cannot run here, or None."""
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device"
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            major, minor = torch.cuda.get_device_capability(device)
+            return f"Triton needs compute capability 7.0, this is {major}.{minor}"
+        return None if _has_triton() else "the package triton is missing"
+    return _no_compiler()
+
+
+def supports(form: str, precision: Precision | None, device: str) -> str | None:
+    """Why this form, precision and device cannot be, or None."""
+    if form == "torchscript":
+        return "torch.compile does not look into a ScriptModule: it would run as it is, uncompiled"
+    if form not in FORMS:
+        return f"torch.compile takes PyTorch modules, not {form}"
+    if precision in (Precision.FP8, Precision.INT8):
+        return f"a module cannot be cast to {precision}: quantise it first"
+    if precision is Precision.TF32 and not device.startswith("cuda"):
+        return "TF32 is a mode of NVIDIA tensor cores"
+    return None
+
+
+def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> InductorRunner:
+    """Compile and call until nothing compiles any more.
+
+    `options`: `preset`, `precision`, `dynamic`; `fullgraph=true` makes a graph break an error; `static_outputs=true` returns CUDA-graph memory
+    that the next call overwrites; anything else is a setting of Inductor by its own name (`epilogue_fusion=false`).
+    Raises UsageError for an unknown preset or setting, Unsupported when nothing was captured or the preset needs a GPU; what the compiler raises goes through.
+    """
+    device = _device_of(inputs)
+    settings, notes = _settings(options, device)
+    runner = InductorRunner(
+        module=model.module, device=device, settings=settings, options=options, inputs=inputs, dynamic=options.get("dynamic") or {}
+    )
+    runner.notes += notes
+    runner.compile(inputs)
+    return runner
+
+
+def load(folder: Path, files: Mapping[str, str], options: Mapping[str, Any], device: str) -> InductorRunner:
+    """Compile a bundle's exported program again: Inductor's kernels are not shipped, its graph is."""
+    module, accepts = portable.load(folder, files, options)
+    settings, notes = _settings(options, device)
+    runner = InductorRunner(module=module, device=device, settings=settings, options=options, inputs=None, dynamic={})
+    runner.notes += [*notes, "compiled again from the exported program of the bundle"]
+    args, kwargs = portable.zeros(accepts)
+    runner.compile(Inputs(args=args, kwargs=kwargs))
+    runner.accepts = accepts
+    return runner
+
+
+class InductorRunner:
+    """A compiled module, called without gradients."""
+
+    def __init__(
+        self,
+        *,
+        module: Any,
+        device: str,
+        settings: dict[str, Any],
+        options: Mapping[str, Any],
+        inputs: Inputs | None,
+        dynamic: Mapping[str, Any],
+    ) -> None:
+        self.device = device
+        self.notes: list[str] = []
+        self.accepts: Any = None
+        """What a loaded program was exported for; a module being compiled accepts whatever it can."""
+        self._module = module
+        self._inputs = inputs
+        self._dynamic = dict(dynamic)
+        self._precision = options.get("precision")
+        self._reader = _Reader(Tally(tf32_matmul=_tf32(device)[0], tf32_conv=_tf32(device)[1]))
+        self._graphs = bool(settings.get("triton.cudagraphs"))
+        self._copies = self._graphs and not options.get("static_outputs", False)
+        self._skipped = 0
+        self._call: Any = torch.compile(
+            module, fullgraph=bool(options.get("fullgraph", False)), options={**settings, "post_grad_custom_post_pass": self._reader}
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own outputs; under CUDA graphs, copies of them in plain containers, which the next call does not touch."""
+        if self.accepts is not None:
+            self.accepts.check(args, kwargs)
+        # no_grad, not inference_mode: the compiled code tracks no views anyway, and inference tensors are refused by some graph inputs.
+        with torch.no_grad():
+            if not self._graphs:
+                return self._call(*args, **kwargs)
+            torch.compiler.cudagraph_mark_step_begin()
+            out = self._call(*args, **kwargs)
+            return _copied(portable.plain(out)) if self._copies else out
+
+    def compile(self, inputs: Inputs) -> None:
+        """First calls: everything that compiles, warms up or records a graph happens here, and what it gave up on is noted."""
+        before = _snapshot()
+        with _skip_reasons() as reasons:
+            if self._dynamic:
+                sample = _marked(portable.widened(inputs, {k: (int(v[0]), int(v[1])) for k, v in self._dynamic.items()}), self._dynamic)
+                self(*sample.args, **sample.kwargs)
+            # CUDA graph trees warm up in the first call, record in the second and replay from the third on.
+            for _ in range(3 if self._graphs else 1):
+                self(*inputs.args, **inputs.kwargs)
+            _synchronize(self.device)
+        breaks, skips = _since(before)
+        if breaks:
+            total = sum(breaks.values())
+            first = "; ".join(_first_line(reason) for reason, _ in breaks.most_common(3))
+            self.notes.append(f"{total} graph break{'s' if total > 1 else ''}: {first}")
+        if not self._reader.num_graphs:
+            why = _first_line(next(iter(breaks))) if breaks else "its recompile limit was reached or the module is excluded from tracing"
+            raise Unsupported(f"torch.compile captured no graph: {why}", fix="use --backend eager, or make forward() traceable")
+        if self._graphs and self.device.startswith("cuda") and skips:
+            self._skipped = skips
+            why = "; ".join(dict.fromkeys(_first_line(r) for r in reasons)) or "Inductor gave no reason"
+            self.notes.append(f"CUDA graphs were asked for and skipped in {skips} graph{'s' if skips > 1 else ''}: {why}")
+
+    def audit(self) -> PrecisionAudit | None:
+        """From the post-grad graphs, as Inductor handed them to its code generator."""
+        extra = f"CUDA graphs skipped in {self._skipped} graphs" if self._skipped else ""
+        audit: PrecisionAudit = self._reader.tally.audit(self._precision, "post-grad graph", extra=extra)
+        if any("graph break" in note for note in self.notes):
+            return replace(
+                audit, reason="; ".join(filter(None, [audit.reason, "code between graph breaks is not in the graphs read back"]))
+            )
+        return audit
+
+    def save(self, folder: Path) -> Mapping[str, str]:
+        """The source graph, to be compiled again where it is opened. Raises Unsupported where the module cannot be exported."""
+        if self._inputs is None:
+            raise Unsupported("a bundle that was loaded is not saved again", fix="copy its folder")
+        return portable.save(self._module, self._inputs, self._dynamic, folder)
+
+    def close(self) -> None:
+        """Let go of the module and its compiled code. Dynamo is not reset: that would make every other runner of this process compile again."""
+        self._call = None
+        self._module = None
+        self._inputs = None
+
+
+class _Reader(CustomGraphPass):
+    """Looks at each post-grad graph and changes nothing."""
+
+    def __init__(self, tally: Tally) -> None:
+        self.tally = tally
+        self.num_graphs = 0
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.num_graphs += 1
+        self.tally.add_graph(graph)
+
+    def uuid(self) -> None:
+        """None keeps this compile out of Inductor's graph caches: a hit would skip the reading, and would report a cached compile time as if it were one."""
+        return None
+
+
+def _settings(options: Mapping[str, Any], device: str) -> tuple[dict[str, Any], list[str]]:
+    """Inductor settings of a preset plus the user's own, and what had to be left out. Raises UsageError and Unsupported."""
+    preset = options.get("preset") or "default"
+    if preset not in PRESETS:
+        raise UsageError(f"inductor has no preset {preset!r}", fix="one of: " + ", ".join(PRESETS))
+    settings = {**_QUIET, **PRESETS[preset]}
+    notes = []
+    if settings.get("triton.cudagraphs") and not device.startswith("cuda"):
+        if preset.endswith("reduce-overhead"):
+            raise Unsupported(
+                f"preset {preset} means CUDA graphs, and the model is on {device}", fix="use --device cuda, or the preset default"
+            )
+        del settings["triton.cudagraphs"]
+        notes.append(f"{preset} without CUDA graphs: the model is on {device}")
+    known = torch._inductor.config.get_config_copy()
+    for key, value in options.items():
+        if key in _OWN:
+            continue
+        if key not in known:
+            raise UsageError(f"inductor has no option {key!r}", fix="static_outputs, fullgraph, or a name in torch._inductor.config")
+        settings[key] = value
+    return settings, notes
+
+
+def _marked(inputs: Inputs, dynamic: Mapping[str, Any]) -> Inputs:
+    """The same storage under new tensor objects whose dynamic dimensions are marked: marks stay out of the caller's tensors."""
+    bound = [*inputs.args, *inputs.kwargs.values()]
+    for index, spec in enumerate(inputs.specs[: len(bound)]):
+        axes = [(axis, d) for axis, d in enumerate(spec.shape) if isinstance(d, str) and d in dynamic]
+        if axes:
+            bound[index] = bound[index].detach()
+        for axis, letter in axes:
+            low, high = dynamic[letter]
+            # A symbolic size starts at 2: Dynamo compiles size 1 as a graph of its own when it meets it.
+            torch._dynamo.mark_dynamic(bound[index], axis, min=max(2, int(low)), max=int(high))
+    count = len(inputs.args)
+    return Inputs(args=tuple(bound[:count]), kwargs=dict(zip(inputs.kwargs, bound[count:], strict=True)), specs=inputs.specs)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {k: _copied(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(v) for v in value)
+    return value
+
+
+def _snapshot() -> tuple[Counter[str], int]:
+    return Counter(counters["graph_break"]), counters["inductor"]["cudagraph_skips"]
+
+
+def _since(before: tuple[Counter[str], int]) -> tuple[Counter[str], int]:
+    """Graph breaks by reason, and graphs whose CUDA graph was skipped."""
+    return Counter(counters["graph_break"]) - before[0], counters["inductor"]["cudagraph_skips"] - before[1]
+
+
+@contextmanager
+def _skip_reasons() -> Iterator[list[str]]:
+    """Sentences Inductor logs when it gives up on a CUDA graph; the logger's name moved between torch versions."""
+    found: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            message = record.getMessage()
+            if "skipping cudagraphs" in message:
+                found.append(message)
+
+    handler = Keep()
+    module = "torch._inductor.cudagraph_utils"
+    loggers = [logging.getLogger(name) for name in (module, f"{module}.__cudagraphs", f"{module}.__perf_hints")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+def _first_line(text: str) -> str:
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+    return lines[0][:200] if lines else "no reason given"
+
+
+def _has_triton() -> bool:
+    from torch.utils._triton import has_triton
+
+    return bool(has_triton())
+
+
+def _no_compiler() -> str | None:
+    """Inductor on a CPU writes C++: asks for the compiler it would use."""
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return "Inductor needs a C++ compiler on a CPU and finds none: install g++"
+    return None
+
+
+def _tf32(device: str) -> tuple[bool, bool]:
+    """Whether fp32 products and fp32 convolutions go through TF32 tensor cores here, now."""
+    if not device.startswith("cuda") or torch.cuda.get_device_capability(device) < (8, 0):
+        return False, False
+    try:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # settings made through the newer interface cannot be read through the older one
+        conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch's stub lacks it
+        return torch.backends.cuda.matmul.fp32_precision == "tf32", conv.fp32_precision == "tf32"
+
+
+def _device_of(inputs: Inputs) -> str:
+    for value in (*inputs.args, *inputs.kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            return str(value.device)
+    return "cpu"
+
+
+def _synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)

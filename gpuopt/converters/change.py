@@ -1,0 +1,125 @@
+"""Model + Precision + Transforms -> changed Model, in the one order that is right: eval, fold, cast, layout."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from gpuopt.converters import exported, folding, layout, precision
+from gpuopt.core.errors import Unsupported
+from gpuopt.core.live import Inputs, Model
+from gpuopt.core.spec import Precision, TensorSpec, Transforms
+
+_NONE = Transforms()
+
+
+def apply(model: Model, to: Precision | None, transforms: Transforms, inputs: Inputs | None = None) -> Model:
+    """A changed copy; `model` itself, uncopied, where nothing has to change (a copy of 16 GB is not free). What was done is in `notes`.
+
+    `to`: None keeps the model's dtype; fp32 and tf32 are both a cast to float32 (see `precision.flags`). `inputs`, of any floating dtype, let folding see which
+    layer feeds which batch norm, and are needed to cast an exported program. Folding comes before the cast: it is computed from the full weights.
+    Raises Unsupported where this form cannot be changed so, UsageError for a `keep_fp32` that names nothing.
+    """
+    if to in (Precision.FP8, Precision.INT8) and to.dtype != model.dtype:
+        raise Unsupported(f"{to} is not a cast: its values need scales", fix="a backend that quantises, or --precision fp16")
+    if model.form == "module":
+        return _module(model, to, transforms, inputs)
+    casts = to is not None and to.dtype != model.dtype
+    if not casts and transforms == _NONE:
+        return model
+    if model.form == "torchscript":
+        return _torchscript(model, to if casts else None, transforms, inputs)
+    if model.form == "exported":
+        return _exported(model, to, transforms, inputs)
+    what = "an ONNX file" if model.form == "onnx" else f"a {model.form}"
+    raise Unsupported(
+        f"{what} stays as it was written ({model.name} computes in {model.dtype or 'a dtype it does not name'})",
+        fix="convert the source model",
+    )
+
+
+def _module(model: Model, to: Precision | None, transforms: Transforms, inputs: Inputs | None) -> Model:
+    training = sum(part.training for part in model.module.modules())
+    casts = to is not None and precision.needs_cast(model.module, to)
+    if not training and not casts and not transforms.channels_last and not transforms.fold_batch_norm:
+        return model
+    module = _copied(model)
+    notes = []
+    if training:
+        module.eval()
+        notes.append(f"eval mode: {training} modules were in training mode")
+    if transforms.fold_batch_norm:
+        notes.append(folding.fold(module, inputs))
+    if casts:
+        assert to is not None
+        notes += precision.cast(module, to, transforms.keep_fp32)
+    if transforms.channels_last:
+        notes.append(layout.channels_last(module))
+    parameters = sum(p.numel() for p in module.parameters()) if transforms.fold_batch_norm else model.num_parameters
+    return replace(_retyped(model, to if casts else None, notes), module=module, num_parameters=parameters)
+
+
+def _torchscript(model: Model, to: Precision | None, transforms: Transforms, inputs: Inputs | None) -> Model:
+    if transforms.fold_batch_norm or transforms.keep_fp32:
+        wanted = "batch norms cannot be folded" if transforms.fold_batch_norm else "single modules cannot be kept in fp32"
+        raise Unsupported(f"{wanted} in a TorchScript program", fix="convert the source model")
+    module = _copied(model).eval()
+    notes = []
+    if to is not None:
+        if not any(p.is_floating_point() for p in module.parameters()):
+            raise Unsupported(
+                f"{model.name} is a frozen TorchScript program: its weights are constants of its code", fix="convert the source model"
+            )
+        notes += precision.cast(module, to, ())
+    if transforms.channels_last:
+        notes.append(layout.channels_last(module))
+    if inputs is not None:
+        _try(module, inputs, f"the TorchScript program {model.name} does not run in {to or model.dtype}")
+    return replace(_retyped(model, to, notes), module=module)
+
+
+def _exported(model: Model, to: Precision | None, transforms: Transforms, inputs: Inputs | None) -> Model:
+    if transforms.fold_batch_norm or transforms.channels_last or transforms.keep_fp32:
+        raise Unsupported(
+            "the graph of an exported program is fixed: layers cannot be folded, laid out or kept apart in it", fix="transform, then export"
+        )
+    assert to is not None
+    program = exported.recast(model.exported, to)
+    module = program.module()
+    if inputs is not None:
+        _try(module, inputs, f"the exported program {model.name} does not run in {to}")
+    notes = [f"cast to {to.dtype} and exported again"]
+    return replace(_retyped(model, to, notes), module=module, exported=program)
+
+
+def _try(module: Any, inputs: Inputs, what: str) -> None:
+    given = precision.cast_inputs(inputs, module)
+    try:
+        with torch.no_grad():
+            module(*given.args, **given.kwargs)
+    except RuntimeError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise Unsupported(f"{what}: {lines[-1] if lines else error}", fix="convert the source model") from error
+
+
+def _copied(model: Model) -> Any:
+    try:
+        return copy.deepcopy(model.module)
+    except (RuntimeError, TypeError) as error:  # tensors that are results of other tensors (weight norm), locks, open files
+        raise Unsupported(
+            f"{model.name} cannot be copied, and the original is never changed: {error}", fix="pass a factory: package.module:function"
+        ) from error
+
+
+def _retyped(model: Model, to: Precision | None, notes: list[str]) -> Model:
+    """The same facts with the new dtype, in the signature too."""
+    if to is None:
+        return replace(model, notes=[*model.notes, *notes])
+
+    def spec(old: TensorSpec) -> TensorSpec:
+        return replace(old, dtype=to.dtype) if old.dtype in precision.CAST_DTYPES else old
+
+    return replace(model, dtype=to.dtype, signature=tuple(spec(s) for s in model.signature), notes=[*model.notes, *notes])

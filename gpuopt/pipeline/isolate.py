@@ -1,0 +1,264 @@
+"""Starts a child process, talks to it in JSON frames, and says how it ended.
+
+A child leads a process group of its own, so that what it started (compilers, autotuners) dies with it. Frames travel over two private
+pipes: whatever a model prints cannot be mistaken for a frame. Its stderr is drained by a thread that keeps the tail, so a child that
+floods it neither blocks nor fills a disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gpuopt.core import codec
+from gpuopt.core.errors import GpuoptError, OutOfMemory, ResourceError, TimedOut, error_types
+from gpuopt.core.result import Status
+from gpuopt.pipeline.facts import Failure
+
+T = TypeVar("T")
+
+STDERR_TAIL_BYTES = 16_384
+TERM_GRACE_S = 2.0
+"""Between SIGTERM and SIGKILL."""
+GROUP_GRACE_S = 1.0
+"""For killed descendants to be gone."""
+
+
+class ChildFailed(Exception):
+    """A child's step failed: `status` classifies it, `error` is what the user can act on, where there is one."""
+
+    def __init__(self, status: Status, reason: str, *, fix: str = "", error: GpuoptError | None = None, traceback: str = "") -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+        self.fix = fix
+        self.error = error
+        self.traceback = traceback
+
+
+class Child:
+    """One worker process; use it as a context manager, so that nothing is left running."""
+
+    def __init__(self, module: str = "gpuopt.pipeline.worker", *, environment: Mapping[str, str] | None = None) -> None:
+        request_read, request_write = os.pipe()
+        reply_read, reply_write = os.pipe()
+        self.started = time.monotonic()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, str(request_read), str(reply_write)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=(request_read, reply_write),
+            start_new_session=True,
+            env={**os.environ, **child_environment(), **(environment or {})},
+        )
+        os.close(request_read)
+        os.close(reply_write)
+        self._requests = request_write
+        self._replies = reply_read
+        self._buffer = b""
+        self._tail = bytearray()
+        self._drain = threading.Thread(target=self._drain_stderr, daemon=True)
+        self._drain.start()
+        self._killed_for: str | None = None
+
+    @property
+    def pid(self) -> int:
+        """Process id, which is also its group's."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self._process.poll() is None
+
+    def call(
+        self,
+        verb: str,
+        result: type[T],
+        *,
+        timeout_s: float,
+        on_progress: Callable[[float | None, str], None] | None = None,
+        **arguments: Any,
+    ) -> T:
+        """Ask for one step and wait for its answer. Raises ChildFailed, and kills the child where it cannot go on."""
+        frame = {"do": verb, "args": {k: codec.dump(v) if hasattr(v, "__dataclass_fields__") else v for k, v in arguments.items()}}
+        try:
+            _write_all(self._requests, json.dumps(frame).encode() + b"\n")
+        except OSError as error:
+            raise self._ended(verb) from error
+        deadline = time.monotonic() + timeout_s
+        while True:
+            line = self._read_line(deadline)
+            if line is None:
+                if time.monotonic() >= deadline:
+                    self._killed_for = f"{verb} did not end within {timeout_s:g} s"
+                    self.kill()
+                    raise ChildFailed(
+                        Status.TIMEOUT,
+                        self._killed_for,
+                        fix="raise --timeout, or leave this candidate out",
+                        error=TimedOut(self._killed_for, fix="raise --timeout, or leave this candidate out"),
+                    )
+                raise self._ended(verb)
+            reply = json.loads(line)
+            if "progress" in reply:
+                if on_progress is not None:
+                    on_progress(*reply["progress"])
+                continue
+            if "error" in reply:
+                raise _failed(codec.from_plain(Failure, reply["error"], what="worker"))
+            return codec.from_plain(result, reply["ok"], what=f"worker {verb}")
+
+    def _read_line(self, deadline: float) -> bytes | None:
+        """The next frame; None at the deadline or when the child closed its end."""
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            ready, _, _ = select.select([self._replies], [], [], min(left, 1.0))
+            if ready:
+                chunk = os.read(self._replies, 1 << 20)
+                if not chunk:
+                    return None
+                self._buffer += chunk
+            elif not self.alive and not select.select([self._replies], [], [], 0)[0]:
+                # A grandchild may hold the pipe's other end open after the child itself has died.
+                return None
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+    def _drain_stderr(self) -> None:
+        stream = self._process.stderr
+        assert stream is not None
+        with contextlib.suppress(OSError, ValueError):
+            while chunk := os.read(stream.fileno(), 65_536):
+                self._tail += chunk
+                del self._tail[:-STDERR_TAIL_BYTES]
+
+    def _ended(self, verb: str) -> ChildFailed:
+        """Classify a child that stopped without answering."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=TERM_GRACE_S)
+        code = self._process.poll()
+        self.kill()
+        self._drain.join(timeout=1.0)
+        tail = last_lines(self._tail.decode(errors="replace"))
+        suffix = f": {tail}" if tail else ""
+        if code is None:
+            return ChildFailed(Status.CRASH, f"{verb}: the child closed its pipe and did not exit{suffix}")
+        if code in (-signal.SIGKILL, 137):
+            message = f"{verb}: killed (SIGKILL), most likely by the kernel for host memory{suffix}"
+            return ChildFailed(Status.OOM_HOST, message, error=OutOfMemory(message, fix="a smaller batch, or a machine with more memory"))
+        if code < 0:
+            return ChildFailed(Status.CRASH, f"{verb}: {signal.Signals(-code).name}{suffix}")
+        return ChildFailed(Status.CRASH, f"{verb}: the child exited with {code} and without an answer{suffix}")
+
+    def stderr_tail(self) -> str:
+        """What the child last wrote to stderr."""
+        return self._tail.decode(errors="replace")
+
+    def kill(self) -> None:
+        """End the child and everything it started. Harmless twice."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGTERM)
+        try:
+            self._process.wait(timeout=TERM_GRACE_S)
+        except subprocess.TimeoutExpired:
+            pass
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            # Always: the leader may have gone and left a compiler behind that ignores SIGTERM.
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        # Its descendants are the init process's to reap; give the kernel a moment, so that device memory is back before the next child.
+        deadline = time.monotonic() + GROUP_GRACE_S
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            while time.monotonic() < deadline:
+                os.killpg(self._process.pid, 0)
+                time.sleep(0.01)
+
+    def close(self) -> None:
+        """Ask it to end, then make sure."""
+        if self.alive:
+            with contextlib.suppress(OSError):
+                _write_all(self._requests, b'{"do": "close", "args": {}}\n')
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=5.0)
+        self.kill()
+        for fd in (self._requests, self._replies):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self._requests = self._replies = -1
+        self._drain.join(timeout=1.0)
+        if self._process.stderr is not None and not self._drain.is_alive():
+            self._process.stderr.close()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self.alive:
+            self.kill()  # no politeness on the way out of an error or a Ctrl-C
+        self.close()
+
+
+def child_environment() -> dict[str, str]:
+    """Variables a child gets: a private compiler cache, and no surprises from the terminal."""
+    cache = cache_root() / "inductor"
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    values = {
+        "PYTHONUNBUFFERED": "1",
+        # torch's default is a predictable folder that others can read: what lies there is code.
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(cache)),
+        "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(cache / "triton")),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "AOTI_RUNTIME_CHECK_INPUTS": "1",
+    }
+    return values
+
+
+def cache_root() -> Path:
+    """`$XDG_CACHE_HOME/gpuopt`, made private."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpuopt"
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(
+            f"the cache folder {root} cannot be made: {error.strerror}", fix="set XDG_CACHE_HOME to a folder you own"
+        ) from error
+    return root
+
+
+def last_lines(text: str, *, lines: int = 3, limit: int = 600) -> str:
+    """The end of a log in one line, for a reason."""
+    kept = [line.strip() for line in text.splitlines() if line.strip()][-lines:]
+    return " | ".join(kept)[-limit:]
+
+
+def _failed(failure: Failure) -> ChildFailed:
+    kind = error_types().get(failure.type)
+    error = kind(failure.message, fix=failure.fix) if kind else None
+    return ChildFailed(
+        Status(failure.status),
+        failure.message if kind else f"{failure.type}: {failure.message}",
+        fix=failure.fix,
+        error=error,
+        traceback=failure.traceback,
+    )
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]

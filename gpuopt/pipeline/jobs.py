@@ -1,0 +1,440 @@
+"""Job -> Report, one function a command. The parent's side: no model is opened here, every candidate lives in a child."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+from gpuopt.bundles import write as bundle_writer
+from gpuopt.core import codec
+from gpuopt.core.errors import GateFailed, GpuoptError, UsageError
+from gpuopt.core.progress import Progress, Silent
+from gpuopt.core.result import SCHEMA_VERSION, Count, Device, Finding, Report, Run, Samples, Status
+from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, Job, Transforms
+from gpuopt.pipeline import facts, figures, gates, manifests, pairs
+from gpuopt.pipeline.isolate import Child, ChildFailed
+from gpuopt.profiling.roofline import ImpossibleFigure
+
+T = TypeVar("T")
+
+PRACTICAL_THRESHOLD = 0.02
+"""Pairs that differ by less are the same, whatever the test says."""
+
+SURVEY_TIMEOUT_S = 300.0
+
+
+@dataclass(slots=True)
+class Seat:
+    """A candidate, its child, and its run so far."""
+
+    candidate: Candidate
+    child: Child
+    run: Run
+    progress: Progress
+    spec: BenchSpec
+    key: str
+    error: GpuoptError | None = None
+    sampled: Samples = field(default_factory=Samples)
+    count: Count | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is still in the race."""
+        return self.run.status is Status.OK
+
+    def ask(self, verb: str, result: type[T], **arguments: object) -> T:
+        """One step in the child, with its progress shown."""
+
+        def show(fraction: float | None, note: str) -> None:
+            self.progress.update(self.key, fraction, note)
+
+        return self.child.call(verb, result, timeout_s=self.spec.timeout_s, on_progress=show, **arguments)
+
+    def step(self, work: Callable[[Seat], Run]) -> None:
+        """Do one step if it is still in the race; a failure becomes its result."""
+        if not self.ok:
+            return
+        try:
+            self.run = work(self)
+        except ChildFailed as failure:
+            self.fail(failure)
+        except ImpossibleFigure as error:
+            self.run = figures.failed(self.run, Status.BUG, str(error), "report this: a figure above the data sheet is an error of gpuopt")
+        if not self.ok:
+            self.progress.done(self.key, f"{self.run.status}: {self.run.reason}")
+            self.child.close()
+
+    def fail(self, failure: ChildFailed) -> None:
+        """Record how the child's step ended."""
+        self.error = failure.error
+        self.run = figures.failed(self.run, failure.status, failure.reason, failure.fix)
+        if failure.traceback:
+            self.run = replace(self.run, notes=(*self.run.notes, failure.traceback[-2000:]))
+
+
+@contextmanager
+def seated(candidate: Candidate, job: Job, progress: Progress) -> Iterator[Seat]:
+    """A child for this candidate, ended on the way out whatever happens."""
+    run = figures.started(candidate)
+    key = gates.label(run) + f"#{id(candidate)}"
+    progress.start(key, gates.label(run))
+    with Child() as child:
+        yield Seat(candidate=candidate, child=child, run=run, progress=progress, spec=job.bench, key=key)
+        progress.done(key)
+
+
+def device(job: Job, progress: Progress | None = None) -> Report:
+    """`gpuopt device`: what this machine is and what it can do."""
+    progress = progress or Silent()
+    found = survey(job, progress)
+    return _report(job, found)
+
+
+def backends(job: Job, progress: Progress | None = None) -> Report:
+    """`gpuopt backends [MODEL]`: the matrix of forms and backends, each cell that cannot be with its reason."""
+    progress = progress or Silent()
+    candidate = job.candidates[0] if job.candidates else None
+    with Child() as child:
+        progress.start("matrix", "asking the backends")
+        try:
+            found = child.call(
+                "matrix",
+                facts.Matrix,
+                timeout_s=SURVEY_TIMEOUT_S,
+                device_id=candidate.device if candidate else job.device or "auto",
+                candidate=candidate if candidate is not None and candidate.model.text else None,
+            )
+        except ChildFailed as failure:
+            raise failure.error or failure from failure
+        progress.done("matrix")
+    report = Report(schema_version=SCHEMA_VERSION, command=job.command, verb=job.verb, environment=found.environment, device=found.device)
+    return replace(report, tables={"matrix": [codec.dump(cell) for cell in found.cells], "form": found.form, "model": found.model})
+
+
+def profile(job: Job, progress: Progress | None = None) -> Report:
+    """`gpuopt profile MODEL`: where the time goes and how far that is from the roofline."""
+    progress = progress or Silent()
+    candidate = _only(job)
+    found = survey(job, progress)
+    with seated(candidate, job, progress) as seat:
+        _prepare(seat, job)
+        seat.step(lambda s: figures.measured(s.run, s.ask("measure", facts.Measured, spec=job.bench), found.device, s.count))
+        seat.step(
+            lambda s: figures.profiled(
+                s.run, s.ask("profile", facts.Profiled, device=found.device, wall_ms=_wall_ms(s.run), depth=job.depth)
+            )
+        )
+    _raise_if_failed(seat)
+    return _finish(job, found, [seat.run], progress)
+
+
+def bench(job: Job, progress: Progress | None = None) -> Report:
+    """`gpuopt bench MODEL…`: verified times over backends, precisions and batches, interleaved where they are compared."""
+    progress = progress or Silent()
+    if not job.candidates:
+        raise UsageError("nothing to bench", fix="gpuopt bench MODEL")
+    found = survey(job, progress)
+    runs: list[Run] = []
+    errors: list[GpuoptError] = []
+    for group in comparable(job.candidates):
+
+        def rewrite(done: list[Run], before: tuple[Run, ...] = tuple(runs)) -> None:
+            progress.so_far(_report(job, found, [*before, *done]))
+
+        finished = _bench_group(group, job, found, progress, rewrite)
+        runs += [seat.run for seat in finished]
+        errors += [seat.error for seat in finished if seat.error is not None]
+        progress.so_far(_report(job, found, runs))
+    if all(run.status is not Status.OK for run in runs) and errors and len(errors) == len(runs):
+        if len({(type(e), e.message) for e in errors}) == 1:
+            raise errors[0]
+    return _finish(job, found, runs, progress)
+
+
+def comparable(candidates: tuple[Candidate, ...]) -> list[list[Candidate]]:
+    """Candidates timed against each other: the same sizes, inputs and input mode on the same device. Order is kept."""
+    groups: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        key = codec.digest(
+            Candidate(
+                model=replace(candidate.model, text="", arch=None),
+                inputs=candidate.inputs,
+                dims=candidate.dims,
+                device=candidate.device,
+                input_mode=candidate.input_mode,
+            )
+        )
+        groups.setdefault(key, []).append(candidate)
+    return list(groups.values())
+
+
+def _bench_group(
+    group: list[Candidate], job: Job, found: facts.Survey, progress: Progress, on_update: Callable[[list[Run]], None]
+) -> list[Seat]:
+    """Build and verify one after the other, then time all that are left in interleaved blocks."""
+    with ExitStack() as stack:
+        seats = []
+        for candidate in group:
+            seat = stack.enter_context(seated(candidate, job, progress))
+            seats.append(seat)
+            _prepare(seat, job)
+            on_update([s.run for s in seats])
+        live = [seat for seat in seats if seat.ok]
+        if len(live) == 1:
+            live[0].step(lambda s: figures.measured(s.run, s.ask("measure", facts.Measured, spec=job.bench), found.device, s.count))
+        elif live:
+            _interleaved(live, job, found.device, progress)
+        return seats
+
+
+def _interleaved(live: list[Seat], job: Job, device: Device, progress: Progress) -> None:
+    key = "pairs"
+    progress.start(key, f"timing {len(live)} candidates in interleaved blocks")
+    for seat in live:
+        seat.step(lambda s: _warmed(s, job.bench))
+    live = [seat for seat in live if seat.ok]
+    by_key = {seat.key: seat for seat in live}
+
+    def lost(which: str, error: Exception) -> None:
+        if not isinstance(error, ChildFailed):
+            raise error
+        by_key[which].fail(error)
+        by_key[which].child.close()
+
+    blocks = pairs.interleave(
+        {seat.key: (lambda s=seat: s.ask("block", facts.Measured, spec=job.bench).samples) for seat in live},  # type: ignore[misc]
+        job.bench,
+        on_round=lambda fraction: progress.update(key, fraction),
+        on_failure=lost,
+    )
+    for seat in live:
+        seat.sampled = seat.sampled + pairs.joined(blocks[seat.key])
+        seat.step(
+            lambda s: figures.measured(s.run, replace(s.ask("meters", facts.Measured, spec=job.bench), samples=s.sampled), device, s.count)
+        )
+    base = next((seat for seat in live if seat.ok), None)
+    for seat in live:
+        if seat is not base and base is not None and seat.ok:
+            seat.run = figures.relative(seat.run, base.sampled, seat.sampled, PRACTICAL_THRESHOLD)
+    progress.done(key)
+
+
+def _warmed(seat: Seat, spec: BenchSpec) -> Run:
+    seat.sampled = seat.ask("warm", facts.Measured, spec=spec).samples
+    return seat.run
+
+
+def compile(job: Job, progress: Progress | None = None) -> Report:
+    """`gpuopt compile MODEL --backend B -o DIR`: build, verify, measure against the model as it is, write a bundle."""
+    progress = progress or Silent()
+    candidate = _only(job)
+    if job.output is None:
+        raise UsageError("compile writes a bundle", fix="-o FOLDER")
+    target = Path(job.output)
+    bundle_writer.check_target(target, force=job.force)
+    found = survey(job, progress)
+    baseline = replace(candidate, backend=BackendSpec(), precision=None, transforms=Transforms())
+    runs: list[Run] = []
+    with ExitStack() as stack:
+        seat = stack.enter_context(seated(candidate, job, progress))
+        _prepare(seat, job, build_only=job.build_only)
+        if not seat.ok and not (job.allow_inaccurate and seat.run.status in (Status.ACCURACY_FAIL, Status.NAN)):
+            _raise_if_failed(seat)
+            return _finish(job, found, [seat.run], progress)
+        verified = seat.ok and not job.build_only
+        if not seat.ok:
+            progress.warn(f"kept although it failed verification (--allow-inaccurate): {seat.run.reason}")
+            seat.run = replace(
+                seat.run, status=Status.OK, notes=(*seat.run.notes, f"failed verification: {seat.run.reason}"), reason="", fix=""
+            )
+        runs = [seat.run]
+        if not job.build_only:
+            runs = _against_eager(seat, baseline, job, found, progress, stack)
+        if seat.ok:
+            _write_bundle(seat, job, target, verified, progress)
+    _raise_if_failed(seat)
+    report = _finish(job, found, runs, progress)
+    slower = seat.run.relative is not None and seat.run.relative.verdict == "slower"
+    findings = report.findings
+    if slower:
+        findings = (
+            *findings,
+            Finding(
+                code="slower-than-eager",
+                severity="warning",
+                message=f"{candidate.backend} is slower than the model as it is: {seat.run.relative.ratio:.2f}x"
+                if seat.run.relative
+                else "",
+                fix="keep eager, or try another backend: gpuopt bench MODEL --backend eager --backend …",
+            ),
+        )
+    return replace(report, output=target.name, findings=findings)
+
+
+def _against_eager(seat: Seat, baseline: Candidate, job: Job, found: facts.Survey, progress: Progress, stack: ExitStack) -> list[Run]:
+    """Time the candidate beside the model as it came. A model whose own form cannot run is timed alone."""
+    other = stack.enter_context(seated(baseline, job, progress))
+    other.step(lambda s: figures.loaded(s.run, s.ask("load", facts.Loaded, candidate=s.candidate)))
+    other.step(_built)
+    if not other.ok:
+        seat.run = replace(seat.run, notes=(*seat.run.notes, f"not compared with eager: {other.run.reason}"))
+        seat.step(lambda s: figures.measured(s.run, s.ask("measure", facts.Measured, spec=job.bench), found.device, s.count))
+        return [seat.run]
+    _interleaved([other, seat], job, found.device, progress)
+    return [other.run, seat.run]
+
+
+def _write_bundle(seat: Seat, job: Job, target: Path, verified: bool, progress: Progress) -> None:
+    """The child writes into a folder beside the target; the parent publishes it with one rename."""
+    progress.update(seat.key, None, "writing the bundle")
+    with bundle_writer.staging(target, force=job.force) as folder:
+        try:
+            saved = seat.ask("save", facts.Saved, folder=str(folder))
+        except ChildFailed as failure:
+            raise failure.error or failure from failure
+        bundle_writer.publish(folder, target, manifests.assemble(seat.candidate, seat.run, saved, verified=verified), force=job.force)
+
+
+def convert(job: Job, progress: Progress | None = None) -> Report:
+    """`gpuopt convert MODEL --precision … --to … -o FILE`: change the model, verify the change, write the file."""
+    progress = progress or Silent()
+    candidate = _only(job)
+    if job.output is None:
+        raise UsageError("convert writes a file", fix="-o FILE")
+    target = Path(job.output)
+    kind = job.to or _kind_of(target)
+    check_file_target(target, force=job.force)
+    found = survey(job, progress, ceilings=False)
+    with seated(candidate, job, progress) as seat:
+        _prepare(seat, job)
+        if seat.ok or (job.allow_inaccurate and seat.run.status in (Status.ACCURACY_FAIL, Status.NAN)):
+            folder = Path(tempfile.mkdtemp(prefix=".gpuopt-", dir=target.parent))
+            try:
+                written = seat.ask("export", facts.Exported, kind=kind, folder=str(folder), name=target.name)
+                for name in written.files:  # the main file last: a reader that finds it finds all of it
+                    (folder / name).replace(target.parent / name)
+            except ChildFailed as failure:
+                raise failure.error or failure from failure
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            seat.run = replace(seat.run, notes=(*seat.run.notes, *written.notes))
+    _raise_if_failed(seat)
+    report = _finish(job, found, [seat.run], progress)
+    return replace(report, output=target.name if seat.ok else None)
+
+
+def check_file_target(target: Path, *, force: bool) -> None:
+    """Before any work: the folder exists and can be written, and nothing is overwritten without --force."""
+    from gpuopt.core.errors import ResourceError
+
+    if target.is_dir():
+        raise UsageError(f"{target} is a folder", fix="-o FILE")
+    if target.exists() and not force:
+        raise UsageError(f"{target} is already there", fix="--force, or another -o")
+    if not target.parent.is_dir():
+        raise ResourceError(f"the folder {target.parent} does not exist", fix=f"mkdir -p {target.parent}")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise ResourceError(f"{target.parent} cannot be written: {error.strerror}", fix="another -o") from error
+
+
+def survey(job: Job, progress: Progress, *, ceilings: bool = True) -> facts.Survey:
+    """Environment, device and its ceilings, from a child of their own."""
+    wanted = job.candidates[0].device if job.candidates else job.device or "auto"
+    with Child() as child:
+        progress.start("device", "measuring this machine's ceilings" if ceilings else "looking at this machine")
+        try:
+            found = child.call(
+                "survey",
+                facts.Survey,
+                timeout_s=SURVEY_TIMEOUT_S,
+                on_progress=lambda fraction, note: progress.update("device", fraction, note),
+                device_id=wanted,
+                refresh=job.refresh,
+                ceilings=ceilings,
+            )
+        except ChildFailed as failure:
+            raise failure.error or failure from failure
+        progress.done("device", found.device.name)
+    for note in found.device.notes:
+        progress.warn(note)
+    return found
+
+
+def _prepare(seat: Seat, job: Job, *, build_only: bool = False) -> None:
+    """Load, build and verify: what every command does before it measures."""
+    seat.step(lambda s: figures.loaded(s.run, s.ask("load", facts.Loaded, candidate=s.candidate)))
+    if seat.ok and seat.run.input_source.startswith("guess"):
+        seat.progress.warn(f"inputs are a {seat.run.input_source}")
+    seat.step(lambda s: _built(s, build_only=build_only))
+    if job.bench.verify != "off" and not build_only:
+        seat.step(lambda s: figures.verified(s.run, s.ask("verify", facts.Verified, tolerance=job.tolerance, mode=job.bench.verify)))
+
+
+def _built(seat: Seat, *, build_only: bool = False) -> Run:
+    found = seat.ask("build", facts.Built, build_only=build_only)
+    seat.count = found.count
+    return figures.built(seat.run, found)
+
+
+def _only(job: Job) -> Candidate:
+    if len(job.candidates) != 1:
+        raise UsageError(f"{job.verb} takes one model, backend, precision and batch", fix="gpuopt bench compares several")
+    return job.candidates[0]
+
+
+def _wall_ms(run: Run) -> float:
+    assert run.latency_ms is not None
+    return run.wall_ms or run.latency_ms.median
+
+
+def _kind_of(target: Path) -> str:
+    kinds = {".onnx": "onnx", ".pt2": "pt2", ".safetensors": "safetensors"}
+    if target.suffix not in kinds:
+        raise UsageError(f"{target.name} does not say what to write", fix="--to onnx|pt2|safetensors, or such a suffix")
+    return kinds[target.suffix]
+
+
+def _raise_if_failed(seat: Seat) -> None:
+    """Where one candidate is all there is, its own error is the command's."""
+    if seat.error is not None:
+        raise seat.error
+    if seat.run.status in (Status.ACCURACY_FAIL, Status.NAN):
+        return  # a verdict, with its evidence in the report
+    if seat.run.status is Status.UNSUPPORTED:
+        raise GateFailed(seat.run.reason, fix=seat.run.fix)
+
+
+def _report(job: Job, found: facts.Survey, runs: list[Run] | None = None) -> Report:
+    return Report(
+        schema_version=SCHEMA_VERSION,
+        command=job.command,
+        verb=job.verb,
+        environment=found.environment,
+        device=found.device,
+        runs=tuple(runs or ()),
+    )
+
+
+def _finish(job: Job, found: facts.Survey, runs: list[Run], progress: Progress) -> Report:
+    report = _report(job, found, runs)
+    findings = tuple(
+        Finding(
+            code="guessed-inputs",
+            severity="info",
+            message=f"{run.model}: inputs are a {run.input_source}",
+            fix="--input 'name:dtype[dims]' or --inputs FILE replaces it",
+        )
+        for run in runs[:1]
+        if run.input_source.startswith("guess")
+    )
+    report = replace(report, gates=gates.judge(runs, job.gates), findings=findings)
+    progress.so_far(report)
+    return report

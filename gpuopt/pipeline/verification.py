@@ -1,0 +1,126 @@
+"""Model + Runner + inputs -> Accuracy: the two stages, in the only order they are run in.
+
+Stage `structure` runs the same transforms and the same backend in fp32 with TF32 off: a wrong rewrite shows there, where rounding cannot hide it.
+Stage `precision` runs the candidate as it is and is judged by the error that plain eager makes at the same dtype, both against fp64.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gpuopt.accuracy import compare
+from gpuopt.core.live import Inputs, Model
+
+Named = list[tuple[str, Any]]
+"""Outputs flattened to dotted names and tensors."""
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(slots=True)
+class Reference:
+    """What candidates are held against: one list of outputs a seed."""
+
+    outputs: list[Named]
+    kind: str
+    """`fp64`, or `fp32: why not fp64`."""
+
+
+@contextmanager
+def exact_math() -> Iterator[None]:
+    """No TF32 and no reduced-precision reductions while a reference is computed."""
+    from gpuopt.converters import precision
+    from gpuopt.core.spec import Precision
+
+    with precision.flags(Precision.FP32):
+        yield
+
+
+def reference(model: Model, batches: list[Inputs], device: str) -> Reference:
+    """fp64 outputs of the model as it was loaded; fp32 with the reason where fp64 cannot be had."""
+    try:
+        return Reference(outputs=_eager(model, torch.float64, batches, device), kind="fp64")
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        # An op without an fp64 kernel, a graph with a dtype written into it, or a device too small for it.
+        why = (str(error).splitlines() or [type(error).__name__])[0][:160]
+    return Reference(outputs=_eager(model, torch.float32, batches, device), kind=f"fp32: {why}")
+
+
+def eager_outputs(model: Model, dtype: torch.dtype, batches: list[Inputs], device: str) -> list[Named]:
+    """Plain eager at `dtype`, without any transform: the yardstick of a stage."""
+    return _eager(model, dtype, batches, device)
+
+
+def _eager(model: Model, dtype: torch.dtype, batches: list[Inputs], device: str) -> list[Named]:
+    with exact_math() if dtype in (torch.float32, torch.float64) else _as_is():
+        twin = copy.deepcopy(model.module)
+        twin = twin.to(device=device, dtype=dtype)
+        try:
+            with torch.no_grad():
+                found = []
+                for batch in batches:
+                    given = batch.map(lambda t: cast(t, dtype, device))
+                    found.append([(name, _kept(value)) for name, value in compare.flatten(twin(*given.args, **given.kwargs))])
+            return found
+        finally:
+            del twin
+            release(device)
+
+
+def runner_outputs(call: Callable[..., Any], batches: list[Inputs], dtype: torch.dtype, device: str) -> tuple[list[Named], bool, bool]:
+    """Outputs of a candidate, whether two calls on the first batch gave the same bits, and whether it changed its inputs."""
+    found: list[Named] = []
+    deterministic, mutates = True, False
+    for index, batch in enumerate(batches):
+        given = batch.map(lambda t: cast(t, dtype, device))
+        before = given.map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t)
+        first = [(name, _kept(value)) for name, value in compare.flatten(call(*given.args, **given.kwargs))]
+        if index == 0:
+            mutates = not _same_inputs(before, given)
+            again = compare.flatten(call(*before.args, **before.kwargs))
+            deterministic = compare.identical(first, again)
+        found.append(first)
+    return found, deterministic, mutates
+
+
+def cast(tensor: Any, dtype: torch.dtype, device: str) -> Any:
+    """Move a tensor; floating ones change to `dtype`, integers stay integers."""
+    if not isinstance(tensor, torch.Tensor):
+        return tensor
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+
+def release(device: str) -> None:
+    """Give cached device memory back, so that the next model fits."""
+    if device.startswith("cuda"):
+        import gc
+
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def _as_is() -> Iterator[None]:
+    yield
+
+
+def _kept(value: Any) -> Any:
+    """A copy: graph replays and arenas overwrite what they returned."""
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
+    return bool(a == b)
+
+
+def _same_inputs(before: Inputs, after: Inputs) -> bool:
+    pairs = [*zip(before.args, after.args, strict=True), *((before.kwargs[k], after.kwargs[k]) for k in before.kwargs)]
+    return all(_same(a, b) for a, b in pairs)

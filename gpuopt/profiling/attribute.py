@@ -1,0 +1,344 @@
+"""Trace + Count -> op records with times, and the module tree.
+
+A kernel belongs to the op that launched it (correlation id, then time on the launching thread), the op to the module whose range encloses it. FLOPs and bytes come from the
+count of the same module, op and shapes; a count row that the trace runs more or less often is scaled by calls. What cannot be attributed (a kernel replayed from a CUDA graph,
+a fused kernel) is a row of its own, module "?", under its own name: its time is never spread over others, its FLOPs are None.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from gpuopt.core.result import Ceilings, Count, ModuleRow, OpRecord
+from gpuopt.core.spec import DTYPE_BYTES
+from gpuopt.profiling import formulas, roofline
+from gpuopt.profiling.events import CpuOp, Trace
+
+UNKNOWN_MODULE = "?"
+
+_KINETO_DTYPES = {
+    "float": "float32",
+    "double": "float64",
+    "c10::Half": "float16",
+    "c10::BFloat16": "bfloat16",
+    "signed char": "int8",
+    "unsigned char": "uint8",
+    "c10::Float8_e4m3fn": "float8_e4m3fn",
+    "c10::Float8_e5m2": "float8_e5m2",
+    "long int": "int64",
+    "int": "int32",
+    "bool": "bool",
+}
+
+# Inductor names its generated kernels by kind; pointwise, reduction and persistent reduction hold no products (templates, `triton_tem_`, do).
+_FUSED_WITHOUT_PRODUCTS = ("triton_poi_", "triton_red_", "triton_per_", "triton_for_")
+
+
+@dataclass(slots=True)
+class _Row:
+    """Time gathered for one output row."""
+
+    op: str
+    module: str
+    module_class: str
+    shapes: str
+    dtype: str | None
+    time_ns: float = 0.0
+    launches: int = 0
+    instances: set[int] = field(default_factory=set)
+    kernels: dict[str, float] = field(default_factory=dict)
+    sources: tuple[OpRecord, ...] = ()
+    """The count rows behind it."""
+    flops: float | None = None
+    bytes: float | None = None
+    """A call, where the count has no row."""
+
+
+def attribute(trace: Trace, count: Count) -> tuple[OpRecord, ...]:
+    """Records in order of their time, longest first; times and FLOPs are of one forward (the mean over the traced steps).
+
+    On a device the time is that of kernels and copies; without one it is each op's self time. Copies between host and device are rows `memcpy h2d`, `memcpy d2h`.
+    """
+    steps = max(1, len(trace.steps))
+    index = _Index(count)
+    wrappers = _wrappers(trace, index)
+    rows: dict[tuple[str, ...], _Row] = {}
+    if trace.on_device:
+        for kernel in trace.kernels:
+            if kernel.step is not None:
+                row = _row_of(trace, index, wrappers, rows, kernel.op, kernel.name, is_graph=kernel.graph_id is not None)
+                _add(row, kernel.dur_ns, kernel.name)
+        for transfer in trace.copies:
+            if transfer.step is None:
+                continue
+            if transfer.kind in ("h2d", "d2h"):
+                row = _copy_row(trace, rows, transfer.op, transfer.kind, transfer.memory)
+                row.bytes = (row.bytes or 0.0) + transfer.bytes / steps
+            else:
+                row = _row_of(trace, index, wrappers, rows, transfer.op, f"Memcpy {transfer.kind}", is_graph=False)
+            _add(row, transfer.dur_ns, f"Memcpy {transfer.kind}" + (f" ({transfer.memory})" if transfer.memory else ""))
+    else:
+        for op in trace.ops:
+            if op.step is not None:
+                _add(_row_of(trace, index, wrappers, rows, op.index, op.name, is_graph=False), op.self_ns, "")
+    records = [_finish(row, steps) for row in rows.values()]
+    return tuple(sorted(records, key=lambda r: -(r.time_ns or 0.0)))
+
+
+def coverage(records: Iterable[OpRecord]) -> float:
+    """Share of the time in records whose FLOPs are known (0 is known), 0..1; 0 where nothing was timed."""
+    rows = list(records)
+    total = math.fsum(r.time_ns or 0.0 for r in rows)
+    return math.fsum(r.time_ns or 0.0 for r in rows if r.flops is not None) / total if total else 0.0
+
+
+def _add(row: _Row, dur_ns: int, kernel: str) -> None:
+    row.time_ns += dur_ns
+    row.launches += 1
+    if kernel:
+        row.kernels[kernel] = row.kernels.get(kernel, 0.0) + dur_ns
+
+
+class _Index:
+    """Count rows by what a trace can know of them."""
+
+    def __init__(self, count: Count) -> None:
+        self.exact: dict[tuple[str, str, str], list[OpRecord]] = {}
+        self.by_op: dict[tuple[str, str], list[OpRecord]] = {}
+        anywhere: dict[tuple[str, str], list[OpRecord]] = {}
+        for record in count.records:
+            canon = formulas.canonical(record.op.replace(".", "::", 1))
+            self.exact.setdefault((record.module, canon, record.shapes), []).append(record)
+            self.by_op.setdefault((record.module, canon), []).append(record)
+            anywhere.setdefault((canon, _key_shapes(canon, record.shapes)), []).append(record)
+        self.anywhere: dict[tuple[str, str], OpRecord] = {}
+        for key, found in anywhere.items():
+            costs = {(r.flops / r.count if r.flops is not None else None, r.dtype) for r in found}
+            if len(costs) == 1 and found[0].flops is not None:  # the same shapes cost the same wherever they are called
+                self.anywhere[key] = found[0]
+
+    def match(self, trace: Trace, op: int | None) -> tuple[CpuOp, str, str, bool] | None:
+        """(op of the chain, module, canonical name, whether its shapes match too) or None.
+
+        The outermost match wins: the count stops where PyTorch dispatches, so whatever runs inside a counted op is part of it.
+        """
+        chain = [o for o in trace.chain(op) if o.module is not None]
+        loose: tuple[CpuOp, str, str, bool] | None = None
+        for candidate in reversed(chain):
+            module, canon = str(candidate.module), formulas.canonical(candidate.name)
+            if (module, canon, shapes_text(candidate.shapes)) in self.exact:
+                return candidate, module, canon, True
+            if loose is None and (module, canon) in self.by_op:
+                loose = candidate, module, canon, False
+        return loose
+
+
+def _key_shapes(canon: str, shapes: str) -> str:
+    """A folded bias or a mask more or less does not change a product's cost: compare its operands alone."""
+    keep = {"convolution": 2, "attention": 3}.get(canon)
+    return ", ".join(shapes.split(", ")[:keep]) if keep else shapes
+
+
+def shapes_text(shapes: tuple[tuple[int, ...], ...]) -> str:
+    """As count.shapes_text writes them."""
+    return ", ".join("x".join(str(n) for n in shape) for shape in shapes)
+
+
+def _wrappers(trace: Trace, index: _Index) -> set[int]:
+    """Ops whose products are done by an op below them: what is left to themselves is dispatch, not work."""
+    found: set[int] = set()
+    for op in trace.ops:
+        if op.step is None or op.parent is None or op.parent in found:
+            continue
+        is_product = formulas.is_product(op.name)
+        if not is_product:
+            match = index.match(trace, op.index)
+            is_product = match is not None and match[0].index == op.index
+        if is_product:
+            for above in trace.chain(op.parent):
+                if above.index in found:
+                    break
+                found.add(above.index)
+    return found
+
+
+def _row_of(trace: Trace, index: _Index, wrappers: set[int], rows: dict[tuple[str, ...], _Row], op: int | None, kernel: str, *, is_graph: bool) -> _Row:
+    match = None if is_graph else index.match(trace, op)
+    if match is not None:
+        found, module, canon, is_exact = match
+        shapes = shapes_text(found.shapes) if is_exact else "*"
+        sources = index.exact[module, canon, shapes] if is_exact else index.by_op[module, canon]
+        first = max(sources, key=lambda r: r.count)
+        row = rows.setdefault(
+            ("count", module, canon, shapes),
+            _Row(op=first.op, module=module, module_class=first.module_class, shapes=first.shapes, dtype=first.dtype, sources=tuple(sources)),
+        )
+        row.instances.add(found.index)
+        return row
+    innermost = next(iter(trace.chain(op)), None)
+    if is_graph or innermost is None or "::" not in innermost.name:
+        module = innermost.module if innermost is not None and innermost.module is not None and not is_graph else UNKNOWN_MODULE
+        name = kernel if is_graph or trace.on_device or innermost is None else innermost.name
+        row = rows.setdefault(("kernel", module, name), _Row(op=name, module=module, module_class="", shapes="", dtype=None))
+        if name.startswith(_FUSED_WITHOUT_PRODUCTS) or name.startswith("Memset") or name.startswith("Memcpy"):
+            row.flops = 0.0
+        return row
+    module = innermost.module if innermost.module is not None else UNKNOWN_MODULE
+    shapes = shapes_text(innermost.shapes)
+    key = ("op", module, innermost.name, shapes)
+    row = rows.get(key) or rows.setdefault(
+        key,
+        _Row(
+            op=innermost.name.replace("::", ".", 1),
+            module=module,
+            module_class=innermost.module_class,
+            shapes=shapes,
+            dtype=next((_KINETO_DTYPES[t] for t in innermost.dtypes if t in _KINETO_DTYPES), None),
+        ),
+    )
+    row.instances.add(innermost.index)
+    if len(row.instances) == 1 and row.flops is None:
+        row.flops, row.bytes, row.dtype = _cost(innermost, index, row.dtype, is_wrapper=innermost.index in wrappers)
+    return row
+
+
+def _cost(op: CpuOp, index: _Index, dtype: str | None, *, is_wrapper: bool) -> tuple[float | None, float | None, str | None]:
+    """(FLOPs, bytes, dtype) of one call of an op the count has no row of in its module."""
+    if is_wrapper:
+        return 0.0, 0.0, dtype
+    canon = formulas.canonical(op.name)
+    known = index.anywhere.get((canon, _key_shapes(canon, shapes_text(op.shapes))))
+    if known is not None and known.flops is not None:
+        return known.flops / known.count, (known.bytes or 0.0) / known.count, known.dtype
+    flops = formulas.flops_from_shapes(op.name, op.shapes)
+    if not flops:
+        return flops, None, dtype
+    width = DTYPE_BYTES.get(dtype or "")
+    if width is None:
+        return flops, None, dtype
+    sizes = [math.prod(s) for s in op.shapes]
+    # Output elements: an attention's are its query's, a product's are its FLOPs over 2·k.
+    left = op.shapes[1] if formulas.family(op.name) in ("aten::addmm", "aten::baddbmm", "aten::_addmm_activation", "aten::addbmm") else op.shapes[0]
+    written = sizes[0] if canon == "attention" else flops / (2.0 * left[-1])
+    return flops, (math.fsum(sizes) + written) * width, dtype
+
+
+def _copy_row(trace: Trace, rows: dict[tuple[str, ...], _Row], op: int | None, kind: str, memory: str) -> _Row:
+    innermost = next(iter(trace.chain(op)), None)
+    module = innermost.module if innermost is not None and innermost.module is not None else UNKNOWN_MODULE
+    name = f"memcpy {kind}" + (f" ({memory})" if memory else "")
+    row = rows.setdefault(("copy", module, name), _Row(op=name, module=module, module_class=innermost.module_class if innermost else "", shapes="", dtype=None))
+    row.flops = 0.0
+    return row
+
+
+def _finish(row: _Row, steps: int) -> OpRecord:
+    flops, moved = row.flops, row.bytes
+    calls = len(row.instances) / steps if row.instances else row.launches / steps
+    if row.sources:
+        counted = sum(r.count for r in row.sources)
+        known = [r.flops for r in row.sources if r.flops is not None]
+        flops = math.fsum(known) * calls / counted if len(known) == len(row.sources) else None
+        moved = math.fsum(r.bytes or 0.0 for r in row.sources) * calls / counted
+    elif row.instances:
+        flops = flops * calls if flops is not None else None
+        moved = moved * calls if moved is not None else None
+    names = sorted(row.kernels, key=lambda k: (-row.kernels[k], k))
+    return OpRecord(
+        op=row.op,
+        module=row.module,
+        dtype=row.dtype,
+        count=max(1, round(calls)),
+        time_ns=row.time_ns / steps,
+        flops=flops,
+        bytes=moved,
+        kernels=tuple(names),
+        module_class=row.module_class,
+        shapes=row.shapes,
+    )
+
+
+def modules(
+    records: Iterable[OpRecord],
+    count: Count,
+    wall_ms: float | None = None,
+    *,
+    ceilings: Ceilings | None = None,
+    parameters: Mapping[str, int] | None = None,
+) -> tuple[ModuleRow, ...]:
+    """The module tree, each row with everything below it, in the order of execution; first the root.
+
+    FLOPs and bytes are the count's, so they are there for compiled models too; times are the records'. Time that belongs to no module ("?") is in the root alone.
+
+    Parameters
+    ----------
+    records: from `attribute`; empty where nothing was traced, then times are None but the root's, which is `wall_ms`.
+    ceilings: adds `pct_of_ceiling`, the floor of each module's ops over its time.
+    parameters: from `count.module_parameters`.
+    """
+    timed = list(records)
+    has_modules = any(r.module not in ("", UNKNOWN_MODULE) for r in timed)
+    classes: dict[str, str] = {"": ""}
+    for record in count.records:
+        for name in _path(record.module):
+            classes.setdefault(name, "")
+        classes[record.module] = record.module_class or classes[record.module]
+    for record in timed:
+        if record.module != UNKNOWN_MODULE:
+            for name in _path(record.module):
+                classes.setdefault(name, "")
+            classes[record.module] = record.module_class or classes[record.module]
+    flops: dict[str, list[float]] = {}
+    moved: dict[str, list[float]] = {}
+    unknown: set[str] = set()
+    for record in count.records:
+        for name in _path(record.module):
+            flops.setdefault(name, []).append(record.flops or 0.0)
+            moved.setdefault(name, []).append(record.bytes or 0.0)
+            if record.flops is None:
+                unknown.add(name)
+    times: dict[str, list[float]] = {}
+    floors: dict[str, list[float]] = {}
+    for record in timed:
+        for name in [""] if record.module == UNKNOWN_MODULE else _path(record.module):
+            times.setdefault(name, []).append(record.time_ns or 0.0)
+            if ceilings is not None:
+                floors.setdefault(name, []).append(roofline.floor_ns(record, ceilings)[0] or 0.0)
+    total = math.fsum(times.get("", ())) or (wall_ms or 0.0) * 1e6
+    rows = []
+    for name in classes:
+        if name == "":
+            time_ns: float | None = total or None
+        else:
+            time_ns = math.fsum(times.get(name, ())) if has_modules else None
+        is_known = name not in unknown and name in flops
+        rows.append(
+            ModuleRow(
+                name=name,
+                module_class=classes[name],
+                depth=0 if name == "" else name.count(".") + 1,
+                time_ns=time_ns,
+                flops=math.fsum(flops[name]) if is_known else None,
+                bytes=math.fsum(moved[name]) if name in moved else None,
+                num_parameters=(parameters or {}).get(name, count.num_parameters if name == "" else None),
+                pct_of_time=100.0 * time_ns / total if time_ns is not None and total else None,
+                pct_of_ceiling=100.0 * math.fsum(floors[name]) / time_ns if time_ns and floors.get(name) else None,
+            )
+        )
+    return tuple(sorted(rows, key=_tree_order(list(classes))))
+
+
+def _path(module: str) -> list[str]:
+    """`a.b` -> ["", "a", "a.b"]."""
+    if module == "":
+        return [""]
+    parts = module.split(".")
+    return ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]
+
+
+def _tree_order(names: list[str]) -> Callable[[ModuleRow], tuple[int, ...]]:
+    """Parents before children, siblings as they first ran."""
+    seen = {name: at for at, name in enumerate(names)}
+    return lambda row: tuple(seen[name] for name in _path(row.name))

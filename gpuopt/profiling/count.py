@@ -1,0 +1,485 @@
+"""Module + inputs -> FLOPs and bytes by op and module, from the ATen calls of one forward on fake tensors: no memory, no GPU, no weights read.
+
+The module is copied with its parameters faked, so neither its state nor its attributes change. Where a forward cannot run on fake tensors (it reads values,
+an op has no fake kernel), the real module runs once on its own device, and the count says so.
+
+Bytes are compulsory traffic an op at a time: each distinct region read once, each output written once, views free, an expanded input at its real size,
+a gather at the rows it takes. Fusion is not assumed: their sum is what eager must move, an upper bound for anything that fuses.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpuopt.core.live import Inputs
+from gpuopt.core.result import Count, OpRecord
+from gpuopt.profiling import formulas
+
+CONVENTION = "2 FLOPs a multiply-add; products alone are counted; attention counted full, causal or not; padding counted like data"
+
+
+def count(module_or_callable: Callable[..., Any], inputs: Inputs, *, tf32: bool = False) -> Count:
+    """Count one call `module_or_callable(*inputs.args, **inputs.kwargs)`.
+
+    Parameters
+    ----------
+    module_or_callable: an nn.Module (rows get its qualified names), a bound method of one, or anything that runs ATen ops.
+    inputs: tensors on any device; their values are not read unless the forward reads them.
+    tf32: float32 products run through tensor cores; their rows say `tf32` instead of `float32`.
+
+    Returns
+    -------
+    `records` in order of first execution. `coverage` is the share of traffic in ops whose FLOPs are known (0 is known).
+    `flops` of a record is None for an op that computes without a formula; it is named in `unknown_ops`.
+
+    Raises
+    ------
+    Whatever the forward itself raises on real tensors, after fake ones failed too.
+    """
+    notes = [CONVENTION]
+    try:
+        counter = _count_fake(module_or_callable, inputs, tf32)
+        method = "aten dispatch, fake tensors"
+    except Exception as error:  # noqa: BLE001  anything can fail on fake tensors; the real run below is the judge and raises what is real
+        counter = _count_real(module_or_callable, inputs, tf32)
+        method = "aten dispatch, one real run"
+        reason = str(error).strip().partition("\n")[0][:160]
+        notes.append(f"fake tensors did not do ({type(error).__name__}: {reason}); the model was run once")
+    root = _module_of(module_or_callable)
+    return counter.result(method=method, notes=tuple(notes + counter.notes), num_parameters=_num_parameters(root))
+
+
+def module_parameters(module: nn.Module) -> dict[str, int]:
+    """Qualified name -> parameters in it and below, shared ones once; "" is the root."""
+    return {name: sum({id(p): p.numel() for p in child.parameters()}.values()) for name, child in module.named_modules()}
+
+
+def _module_of(target: Any) -> nn.Module | None:
+    if isinstance(target, nn.Module):
+        return target
+    owner = getattr(target, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def _num_parameters(module: nn.Module | None) -> int | None:
+    if module is None:
+        return None
+    return sum({id(p): p.numel() for p in module.parameters()}.values())
+
+
+def _count_fake(target: Any, inputs: Inputs, tf32: bool) -> _Counter:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    root = _module_of(target)
+    if root is not None and not isinstance(root, torch.jit.ScriptModule):
+        with FakeCopyMode(mode), torch.no_grad():
+            twin = copy.deepcopy(root)
+        if any(t.is_meta for t in (*twin.parameters(), *twin.buffers())):
+            with mode:  # a model without weights: count it as it will run on a real device, where attention has a fused op
+                twin.to_empty(device="cpu")
+        run = twin if target is root else getattr(twin, target.__name__)
+        root = twin
+    else:
+        run = target
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        copied = mode.from_tensor(value, static_shapes=True)
+        if value.is_meta:
+            with mode:
+                return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+        return copied
+
+    args = pytree.tree_map(fake, tuple(inputs.args))
+    kwargs = pytree.tree_map(fake, dict(inputs.kwargs))
+    counter = _Counter(root, tf32)
+    with torch.no_grad(), mode, counter.watching():
+        run(*args, **kwargs)
+    return counter
+
+
+def _count_real(target: Any, inputs: Inputs, tf32: bool) -> _Counter:
+    counter = _Counter(_module_of(target), tf32)
+    with torch.no_grad(), counter.watching():
+        target(*inputs.args, **inputs.kwargs)
+    return counter
+
+
+@contextmanager
+def module_events(root: nn.Module, enter: Callable[[str, nn.Module], None], leave: Callable[[str, nn.Module], None]) -> Iterator[None]:
+    """Call `enter` and `leave` around the forward of every submodule of `root`, with its qualified name (of a shared module, the first).
+
+    Hooks are global ones filtered by identity: a hook on the modules themselves would switch nn.TransformerEncoderLayer off its fast path.
+    """
+    names = {id(module): name for name, module in root.named_modules()}
+
+    def before(module: nn.Module, args: Any) -> None:
+        name = names.get(id(module))
+        if name is not None:
+            enter(name, module)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        name = names.get(id(module))
+        if name is not None:
+            leave(name, module)
+
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(before),
+        nn.modules.module.register_module_forward_hook(after, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(slots=True)
+class _Row:
+    """Calls of one (op, module, dtype, shapes), summed."""
+
+    module_class: str
+    count: int = 0
+    flops: float | None = 0.0
+    bytes: float = 0.0
+
+
+_METADATA = frozenset(
+    """
+    aten::size aten::sym_size aten::stride aten::sym_stride aten::storage_offset aten::sym_storage_offset aten::numel aten::sym_numel aten::dim aten::is_contiguous
+    aten::sym_is_contiguous aten::is_strides_like_format aten::is_non_overlapping_and_dense aten::is_same_size prim::layout prim::device prim::is_nested
+    aten::sym_constrain_range aten::sym_constrain_range_for_size aten::_assert_tensor_metadata
+    """.split()
+)
+"""Questions about a tensor: nothing runs, no row."""
+
+
+@dataclass(slots=True)
+class _Counter:
+    """Collects rows while a forward runs."""
+
+    root: nn.Module | None
+    tf32: bool
+    rows: dict[tuple[str, str, str | None, str], _Row] = field(default_factory=dict)
+    stack: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        fast = torch.backends.mha.get_fastpath_enabled()
+        # One fused op for a whole encoder layer has a formula too, and the same total; without it the rows name the layer's parts.
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with torch.jit.optimized_execution(False), _Mode(self):
+                if self.root is None:
+                    yield
+                else:
+                    with module_events(self.root, self._enter, self._leave):
+                        yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+    def _enter(self, name: str, module: nn.Module) -> None:
+        self.stack.append((name, type(module).__name__))
+
+    def _leave(self, name: str, module: nn.Module) -> None:
+        # A module that raised leaves hooks of its callers unpaired only if somebody caught it; drop down to its own frame.
+        while self.stack and self.stack.pop()[0] != name:
+            pass
+
+    def record(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        name = func._schema.name
+        if name in _METADATA:
+            return
+        bound = bind(func._schema, args, kwargs)
+        flops = formulas.flops_of(func, bound, args, kwargs, out)
+        dtype = compute_dtype(name, bound, out)
+        if self.tf32 and dtype == "float32" and flops and formulas.family(name) not in formulas.NOT_TENSOR_CORES:
+            dtype = "tf32"
+        moved = traffic(func, bound, out)
+        module, module_class = self.stack[-1] if self.stack else ("", type(self.root).__name__ if self.root is not None else "")
+        key = (name.replace("::", "."), module, dtype, shapes_text(pytree.tree_leaves(list(bound.values()))))
+        row = self.rows.setdefault(key, _Row(module_class=module_class))
+        row.count += 1
+        row.flops = None if flops is None or row.flops is None else row.flops + flops
+        row.bytes += moved
+        if flops is None and moved == 0:
+            row.flops = 0.0  # an unknown op that touches no memory computes nothing: a custom view, an assertion
+
+    def result(self, *, method: str, notes: tuple[str, ...], num_parameters: int | None) -> Count:
+        records = tuple(
+            OpRecord(
+                op=op,
+                module=module,
+                dtype=dtype,
+                count=row.count,
+                flops=row.flops,
+                bytes=row.bytes,
+                module_class=row.module_class,
+                shapes=shapes,
+            )
+            for (op, module, dtype, shapes), row in self.rows.items()
+        )
+        return summarize(records, method=method, notes=notes, num_parameters=num_parameters)
+
+
+def summarize(records: tuple[OpRecord, ...], *, method: str, notes: tuple[str, ...] = (), num_parameters: int | None = None) -> Count:
+    """Rows -> Count: totals, coverage, and what is unknown, worst first."""
+    by_dtype: dict[str, float] = {}
+    unknown: dict[str, float] = {}
+    for record in records:
+        if record.flops is None:
+            unknown[record.op] = unknown.get(record.op, 0.0) + (record.bytes or 0.0)
+        elif record.flops:
+            by_dtype[record.dtype or "?"] = by_dtype.get(record.dtype or "?", 0.0) + record.flops
+    moved = math.fsum(r.bytes or 0.0 for r in records)
+    missed = math.fsum(unknown.values())
+    coverage = 1.0 - missed / moved if moved else float(not unknown)
+    return Count(
+        records=records,
+        flops=math.fsum(r.flops or 0.0 for r in records),
+        flops_by_dtype=by_dtype,
+        bytes=moved,
+        coverage=coverage,
+        unknown_ops=tuple(sorted(unknown, key=lambda op: (-unknown[op], op))),
+        num_parameters=num_parameters,
+        method=method,
+        notes=notes,
+    )
+
+
+class _Mode(TorchDispatchMode):
+    """Sees every ATen call of this thread, below autograd and autocast."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, counter: _Counter) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return self._higher_order(func, args, kwargs)
+        if any(issubclass(t, torch.Tensor) and not issubclass(t, FakeTensor) and _dispatches(t) for t in types):
+            return NotImplemented  # a wrapper (a quantised weight, DTensor) unpacks itself into plain ops, which come back here
+        if not formulas.is_product(func._schema.name) and func is not torch.ops.prim.device.default:
+            # Under inference_mode composite ops arrive whole; take them apart before judging them.
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        if _is_composite_product(func):
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
+        self.counter.record(func, args, kwargs, out)
+        return out
+
+    def _higher_order(self, func: Any, args: Any, kwargs: Any) -> Any:
+        formula = formulas.flop_registry.get(func)
+        if formula is None:
+            note = f"higher-order op {func.name()}: counted by what it runs"
+            if note not in self.counter.notes:
+                self.counter.notes.append(note)
+            return NotImplemented
+        out = func(*args, **kwargs)
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        module, module_class = self.counter.stack[-1] if self.counter.stack else ("", "")
+        key = (func.name(), module, dtype_name(tensors[0].dtype) if tensors else None, shapes_text(tensors))
+        row = self.counter.rows.setdefault(key, _Row(module_class=module_class))
+        row.count += 1
+        row.flops = (row.flops or 0.0) + float(formula(*args, **kwargs, out_val=out))
+        written = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        row.bytes += _regions_bytes(tensors) + _regions_bytes(written)
+        return out
+
+
+def _dispatches(cls: type) -> bool:
+    return getattr(cls, "__torch_dispatch__", None) is not torch._C._disabled_torch_dispatch_impl and cls is not nn.Parameter
+
+
+def _is_composite_product(func: Any) -> bool:
+    """A product that is only a name for others (`linear`, `lstm` off its fused path): its parts are counted instead."""
+    return func._schema.name in _COMPOSITE and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+_COMPOSITE = frozenset(
+    {"aten::linear", "aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu", "aten::scaled_dot_product_attention", "aten::_scaled_dot_product_attention_math", "aten::_convolution"}
+)
+
+
+def bind(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by schema name; those left at their default are absent."""
+    return {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
+
+
+_OPERANDS = ("mat1", "batch1", "mat", "vec1", "query", "q", "src", "input", "data", "inp", "X", "qx", "x", "x1", "i1", "self")
+"""Argument names that hold what a product multiplies, before those that are added to it (`self` of addmm)."""
+
+
+def dtype_name(dtype: Any) -> str:
+    """`torch.float16` -> `float16`; torch's quantised types by the integers they hold."""
+    name = str(dtype).removeprefix("torch.")
+    return {"qint8": "int8", "quint8": "uint8", "qint32": "int32"}.get(name, name)
+
+
+def compute_dtype(name: str, bound: Mapping[str, Any], out: Any) -> str | None:
+    """Dtype an op computes in: of a product, its operands'; of anything else, its first floating output's."""
+    if formulas.is_product(name):
+        for key in _OPERANDS:
+            value = bound.get(key)
+            if isinstance(value, torch.Tensor):
+                return dtype_name(value.dtype)
+    outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+    tensors = outputs or [t for t in pytree.tree_leaves(list(bound.values())) if isinstance(t, torch.Tensor)]
+    if not tensors:
+        return None
+    return dtype_name(next((t.dtype for t in tensors if t.is_floating_point()), tensors[0].dtype))
+
+
+def shapes_text(values: list[Any]) -> str:
+    """Shapes of the tensors with at least one dimension: `8x128, 128x256`. The same text is made from a trace, and rows are joined by it."""
+    return ", ".join("x".join(str(int(n)) for n in v.shape) for v in values if isinstance(v, torch.Tensor) and v.dim() > 0)
+
+
+_WRITE_ONLY = frozenset(
+    """
+    aten::copy_ aten::fill_ aten::zero_ aten::normal_ aten::uniform_ aten::bernoulli_ aten::random_ aten::exponential_ aten::log_normal_ aten::cauchy_ aten::geometric_
+    """.split()
+)
+"""In-place ops that overwrite their first argument without reading it."""
+_GATHERS = frozenset(
+    """
+    aten::embedding aten::index aten::_unsafe_index aten::index_select aten::gather aten::take aten::_embedding_bag aten::_embedding_bag_forward_only
+    aten::masked_select aten::grid_sampler_2d aten::grid_sampler_3d
+    """.split()
+)
+"""Ops that read of their first tensor only what they return, at most all of it."""
+_SCATTERS_IN_PLACE = frozenset(
+    "aten::index_put_ aten::_index_put_impl_ aten::index_copy_ aten::scatter_ aten::index_fill_ aten::scatter_add_ aten::index_add_ aten::scatter_reduce_ aten::put_".split()
+)
+"""Ops that write into their first tensor only what they are given (a key-value cache): never the whole of it."""
+_NOTHING_MOVES = frozenset(
+    """
+    aten::empty aten::empty_like aten::empty_strided aten::empty_permuted aten::new_empty aten::new_empty_strided aten::_unsafe_view aten::detach aten::detach_ aten::alias
+    aten::lift aten::lift_fresh aten::resize_ aten::resize_as_ aten::set_ aten::record_stream aten::_mkldnn_reshape aten::unsafe_split aten::unsafe_split_with_sizes
+    aten::_assert_async aten::_assert_scalar aten::_functional_assert_async
+    """.split()
+)
+
+
+def traffic(func: Any, bound: Mapping[str, Any], out: Any) -> float:
+    """Compulsory bytes of one call: distinct regions read, plus what is written."""
+    name = func._schema.name
+    if name in _NOTHING_MOVES or func.is_view or torch.Tag.inplace_view in func.tags:
+        return 0.0
+    written_names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    mutated = [t for n in written_names for t in _tensors(bound.get(n))]
+    reads = [t for n, v in bound.items() if n not in written_names for t in _tensors(v)]
+    outputs = _tensors(out)
+    if not mutated:
+        sources = {_storage(t) for t in reads}
+        if outputs and all(_storage(t) in sources for t in outputs):
+            return 0.0  # an alias, whatever its schema says
+    if name in _SCATTERS_IN_PLACE:
+        # Values and indices are read; as many elements as the values hold are written (an accumulating one reads them first, too).
+        values = _tensors(_first_of(bound, "values", "source", "src", "value"))
+        size = math.fsum(_region_bytes(t) for t in values) or _regions_bytes(reads)
+        return _regions_bytes(reads) + size
+    if formulas.canonical(name) == "attention":
+        outputs = outputs[:1]  # the rest is for a backward pass nobody runs
+    total = 0.0
+    if name in _GATHERS and reads:
+        source, rest = reads[0], reads[1:]
+        if name.startswith("aten::_embedding_bag") and rest:
+            taken = math.prod(rest[0].shape) * source.shape[-1] * source.element_size()
+        else:
+            taken = sum(_region_bytes(t) for t in outputs[:1])
+        total += min(float(taken), _region_bytes(source)) + _regions_bytes(rest)
+    elif formulas.canonical(name) == "convolution" and reads:
+        total += _region_bytes(reads[0]) * _touched(bound, reads[0]) + _regions_bytes(reads[1:])
+    else:
+        total += _regions_bytes(reads)
+    if mutated:
+        is_out_variant = all(a.is_out for a in func._schema.arguments if a.name in written_names)
+        reread = 0.0 if is_out_variant or name in _WRITE_ONLY else _regions_bytes(mutated)
+        kept = {_storage(t) for t in mutated}
+        return total + reread + _regions_bytes(mutated) + _regions_bytes([t for t in outputs if _storage(t) not in kept])
+    return total + _regions_bytes(outputs)
+
+
+def _first_of(bound: Mapping[str, Any], *names: str) -> Any:
+    for name in names:
+        if name in bound:
+            return bound[name]
+    return None
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [t for v in value for t in _tensors(v)]
+    return []
+
+
+def _touched(bound: Mapping[str, Any], x: torch.Tensor) -> float:
+    """Share of a convolution's input that its filter reaches: a strided 1×1 skips rows and columns."""
+    weight, stride, dilation = bound.get("weight"), bound.get("stride"), bound.get("dilation")
+    if weight is None or stride is None or bound.get("transposed") or weight.dim() < 3:
+        return 1.0
+    spatial = weight.dim() - 2
+    strides = list(stride) * (spatial if len(stride) == 1 else 1)
+    dilations = list(dilation or [1])
+    dilations = dilations * (spatial if len(dilations) == 1 else 1)
+    share = 1.0
+    for size, taps, step, spread in zip(x.shape[2:], weight.shape[2:], strides, dilations, strict=False):
+        if taps * 1 < step and spread == 1:
+            share *= min(1.0, math.ceil(size / step) * taps / size)
+    return share
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):  # sparse and mkldnn tensors have none
+        return id(tensor)
+
+
+def _region_bytes(tensor: torch.Tensor) -> float:
+    """Distinct bytes a strided view covers: an expanded dimension costs nothing, overlapping windows are counted once."""
+    if tensor.layout != torch.strided:
+        return float(tensor.numel() * tensor.element_size())
+    distinct, span = 1, 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if int(size) == 0:
+            return 0.0
+        if int(stride) != 0:
+            distinct *= int(size)
+            span += (int(size) - 1) * int(stride)
+    return float(min(distinct, span) * tensor.element_size())
+
+
+def _regions_bytes(tensors: list[torch.Tensor]) -> float:
+    """The same region twice is read once; several views of one storage never cost more than the storage."""
+    regions: dict[int, dict[tuple[Any, ...], float]] = {}
+    limits: dict[int, float] = {}
+    for tensor in tensors:
+        key = _storage(tensor)
+        strided = tensor.layout == torch.strided
+        geometry = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride()) if strided else (tuple(tensor.shape),)
+        regions.setdefault(key, {})[geometry] = _region_bytes(tensor)
+        limits[key] = float(tensor.untyped_storage().nbytes()) if strided else math.inf
+    return math.fsum(min(math.fsum(sizes.values()), limits[key]) for key, sizes in regions.items())

@@ -1,0 +1,377 @@
+"""A Kineto trace (Chrome JSON) -> Trace: kernels, copies, runtime calls, ops, module ranges and steps, linked to each other. Pure: plain dicts in, plain values out.
+
+The exported JSON is read rather than the profiler's objects: it alone carries graph ids, copy kinds and byte counts, and it has kept its form from torch 2.11 to 2.13.
+All times are nanoseconds from the first event.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+STEP = "gpuopt::step"
+MODULE = "module::"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One traced call, from its first line to the synchronisation after it."""
+
+    start_ns: int
+    dur_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuOp:
+    """One op on the host, between its entry and its return."""
+
+    index: int
+    name: str
+    """`aten::mm`."""
+    start_ns: int
+    dur_ns: int
+    self_ns: int
+    """Without what its children took."""
+    num_children: int
+    """Events recorded directly below it, module ranges included: each cost the profiler time inside this op."""
+    thread: str
+    parent: int | None
+    """Index of the enclosing op."""
+    module: str | None
+    """Qualified name of the innermost module around it; None where no ranges were recorded."""
+    module_class: str = ""
+    step: int | None = None
+    external_id: int | None = None
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Of its tensor inputs with at least one dimension, lists flattened."""
+    dtypes: tuple[str, ...] = ()
+    """As Kineto writes them: `float`, `c10::Half`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """One kernel (or memset) on the device."""
+
+    name: str
+    start_ns: int
+    dur_ns: int
+    stream: int
+    correlation: int | None
+    op: int | None
+    """Index of the innermost op that launched it."""
+    step: int | None
+    graph_id: int | None = None
+    """Set when it ran from a CUDA graph: then `op` is the replay's, which says nothing."""
+    is_memset: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """One copy engine transfer."""
+
+    kind: str
+    """`h2d`, `d2h`, `d2d`, `p2p` or `h2h`."""
+    memory: str
+    """`pageable`, `pinned` or "" where Kineto does not say: of the host side."""
+    bytes: int
+    start_ns: int
+    dur_ns: int
+    stream: int
+    correlation: int | None
+    op: int | None
+    step: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeCall:
+    """One CUDA runtime or driver call on the host."""
+
+    name: str
+    kind: str
+    """`launch`, `graph`, `copy`, `sync`, `alloc` or `other`."""
+    start_ns: int
+    dur_ns: int
+    thread: str
+    correlation: int | None
+    op: int | None
+    step: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleRange:
+    """One forward of one module."""
+
+    name: str
+    module_class: str
+    start_ns: int
+    dur_ns: int
+    thread: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """What ran, where and when, over a few steps. No figure in it is a latency: tracing stretches the host side."""
+
+    device: str
+    steps: tuple[Step, ...] = ()
+    kernels: tuple[Kernel, ...] = ()
+    copies: tuple[Copy, ...] = ()
+    runtime: tuple[RuntimeCall, ...] = ()
+    ops: tuple[CpuOp, ...] = ()
+    """Indexed by `CpuOp.index`."""
+    modules: tuple[ModuleRange, ...] = ()
+    num_lost: int = 0
+    """Device events outside every step: they belong to nobody."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def on_device(self) -> bool:
+        """Whether anything ran on a device of its own; otherwise the ops themselves are the work."""
+        return bool(self.kernels or self.copies)
+
+    def chain(self, op: int | None) -> Iterable[CpuOp]:
+        """The op and those around it, innermost first."""
+        while op is not None:
+            found = self.ops[op]
+            yield found
+            op = found.parent
+
+
+_COPY = re.compile(r"Memcpy (?P<kind>[A-Za-z]+)(?: \((?P<source>\w+) -> (?P<target>\w+)\))?")
+_COPY_KINDS = {"htod": "h2d", "dtoh": "d2h", "dtod": "d2d", "ptop": "p2p", "htoh": "h2h", "hosttodevice": "h2d", "devicetohost": "d2h", "devicetodevice": "d2d"}
+_HOST = {"h2d": "source", "d2h": "target"}
+_RUNTIME_KINDS = (
+    ("graph", re.compile(r"GraphLaunch")),
+    ("launch", re.compile(r"LaunchKernel|LaunchCooperative|ModuleLaunch")),
+    ("copy", re.compile(r"[Mm]emcpy|[Mm]emset")),
+    ("sync", re.compile(r"Synchronize|StreamWaitEvent|EventQuery|StreamQuery")),
+    ("alloc", re.compile(r"cudaMalloc|cudaFree|cuMem(Alloc|Free|Create|Map|Unmap|Release)|cudaHost(Alloc|Register)")),
+)
+
+
+def runtime_kind(name: str) -> str:
+    """`cudaLaunchKernelExC` -> `launch`."""
+    for kind, pattern in _RUNTIME_KINDS:
+        if pattern.search(name):
+            return kind
+    return "other"
+
+
+def copy_kind(name: str) -> tuple[str, str]:
+    """`Memcpy HtoD (Pageable -> Device)` -> (`h2d`, `pageable`)."""
+    match = _COPY.search(name)
+    if match is None:
+        return "d2d", ""
+    kind = _COPY_KINDS.get(match["kind"].lower(), "d2d")
+    side = _HOST.get(kind)
+    return kind, (match[side] or "").lower() if side else ""
+
+
+def from_chrome(data: Mapping[str, Any], *, device: str, notes: tuple[str, ...] = ()) -> Trace:
+    """Parse `prof.export_chrome_trace`'s JSON, already loaded. Unknown events are passed over; events outside the steps are kept out of every sum."""
+    events = [e for e in data.get("traceEvents", ()) if e.get("ph") == "X" and "ts" in e]
+    # Timestamps are microseconds with three decimals: subtract first, or the float loses the nanoseconds.
+    origin = min((float(e["ts"]) for e in events), default=0.0)
+    by_category: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}
+    for event in events:
+        start = round((float(event["ts"]) - origin) * 1000)
+        by_category.setdefault(str(event.get("cat", "")).lower(), []).append((start, round(float(event.get("dur", 0)) * 1000), event))
+
+    marks = by_category.get("user_annotation", [])
+    steps = tuple(Step(start_ns=s, dur_ns=d) for s, d, e in sorted(marks, key=lambda m: m[0]) if e["name"] == STEP)
+    step_of = _Steps(steps)
+    ranges = [(s, d, e) for s, d, e in marks if str(e["name"]).startswith(MODULE)]
+    ops, modules, by_thread = _nest(by_category.get("cpu_op", []), ranges, step_of)
+    locate = _Locator(ops, by_thread)
+    by_external = {op.external_id: op.index for op in ops if op.external_id is not None}
+
+    runtime: list[RuntimeCall] = []
+    launches: dict[int, RuntimeCall] = {}
+    for category in ("cuda_runtime", "cuda_driver"):
+        for start, dur, event in by_category.get(category, []):
+            args = event.get("args", {})
+            call = RuntimeCall(
+                name=event["name"],
+                kind=runtime_kind(event["name"]),
+                start_ns=start,
+                dur_ns=dur,
+                thread=_thread(event),
+                correlation=_int(args.get("correlation")),
+                op=locate(_thread(event), start),
+                step=step_of(start),
+            )
+            runtime.append(call)
+            if call.correlation:
+                # A driver call nested in a runtime call shares no correlation with it; where two do, the one that launches wins.
+                known = launches.get(call.correlation)
+                if known is None or known.kind == "other":
+                    launches[call.correlation] = call
+
+    def launched_by(args: Mapping[str, Any]) -> tuple[int | None, int | None, int | None]:
+        """(correlation, op, step) of a device event: by its launch, else by the op id Kineto copied onto it."""
+        correlation = _int(args.get("correlation"))
+        launch = launches.get(correlation) if correlation else None
+        op = launch.op if launch is not None else None
+        external = _int(args.get("External id"))
+        if op is None and external:
+            op = by_external.get(external)
+        return correlation, op, launch.step if launch is not None else None
+
+    kernels: list[Kernel] = []
+    copies: list[Copy] = []
+    for category in ("kernel", "gpu_memset", "gpu_memcpy"):
+        for start, dur, event in by_category.get(category, []):
+            args = event.get("args", {})
+            correlation, op, step = launched_by(args)
+            step = step if step is not None else step_of(start)
+            stream = _int(args.get("stream")) or 0
+            if category == "gpu_memcpy":
+                kind, memory = copy_kind(event["name"])
+                size = _int(args.get("bytes")) or 0
+                copies.append(
+                    Copy(kind=kind, memory=memory, bytes=size, start_ns=start, dur_ns=dur, stream=stream, correlation=correlation, op=op, step=step)
+                )
+                continue
+            kernels.append(
+                Kernel(
+                    name=event["name"],
+                    start_ns=start,
+                    dur_ns=dur,
+                    stream=stream,
+                    correlation=correlation,
+                    op=op,
+                    step=step,
+                    graph_id=_int(args.get("graph id")) or None,
+                    is_memset=category == "gpu_memset",
+                )
+            )
+    return Trace(
+        device=device,
+        steps=steps,
+        kernels=tuple(sorted(kernels, key=lambda k: (k.start_ns, k.stream))),
+        copies=tuple(sorted(copies, key=lambda c: (c.start_ns, c.stream))),
+        runtime=tuple(sorted(runtime, key=lambda r: (r.start_ns, r.thread))),
+        ops=ops,
+        modules=modules,
+        num_lost=sum(1 for e in (*kernels, *copies) if e.step is None),
+        notes=notes,
+    )
+
+
+class _Steps:
+    """Time -> number of the step around it."""
+
+    def __init__(self, steps: tuple[Step, ...]) -> None:
+        self.steps = steps
+        self.starts = [s.start_ns for s in steps]
+
+    def __call__(self, time_ns: int) -> int | None:
+        at = bisect.bisect_right(self.starts, time_ns) - 1
+        if at < 0 or time_ns > self.steps[at].start_ns + self.steps[at].dur_ns:
+            return None
+        return at
+
+
+class _Locator:
+    """(thread, time) -> innermost op running then."""
+
+    def __init__(self, ops: tuple[CpuOp, ...], by_thread: dict[str, list[int]]) -> None:
+        self.ops = ops
+        self.by_thread = by_thread
+        self.starts = {thread: [ops[i].start_ns for i in indices] for thread, indices in by_thread.items()}
+
+    def __call__(self, thread: str, time_ns: int) -> int | None:
+        indices = self.by_thread.get(thread)
+        if not indices:
+            return None
+        at = bisect.bisect_right(self.starts[thread], time_ns) - 1
+        # The last op to start before then is the innermost one or a finished one below it: climb until one still runs.
+        op: int | None = indices[at] if at >= 0 else None
+        while op is not None and time_ns > self.ops[op].start_ns + self.ops[op].dur_ns:
+            op = self.ops[op].parent
+        return op
+
+
+def _nest(
+    raw_ops: list[tuple[int, int, dict[str, Any]]], raw_ranges: list[tuple[int, int, dict[str, Any]]], step_of: _Steps
+) -> tuple[tuple[CpuOp, ...], tuple[ModuleRange, ...], dict[str, list[int]]]:
+    """Ops and module ranges of each thread, nested by time: parents, modules, self times."""
+    threads: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}
+    for item in (*raw_ops, *raw_ranges):
+        threads.setdefault(_thread(item[2]), []).append(item)
+    drafts: list[dict[str, Any]] = []
+    modules: list[ModuleRange] = []
+    by_thread: dict[str, list[int]] = {}
+    for thread, items in threads.items():
+        # Ties: the longer encloses the shorter; between equals, the one recorded first (its external id is lower).
+        items.sort(key=lambda i: (i[0], -i[1], _int(i[2].get("args", {}).get("External id")) or 0))
+        stack: list[tuple[int, int | None, tuple[str, str] | None]] = []  # (end, op index or None, module)
+        for start, dur, event in items:
+            while stack and stack[-1][0] <= start and not (dur == 0 and stack[-1][0] == start):
+                stack.pop()
+            parent = next((op for _, op, _ in reversed(stack) if op is not None), None)
+            module = stack[-1][2] if stack else None
+            end = min(start + dur, stack[-1][0]) if stack else start + dur  # rounding may push a child past its parent's end
+            if stack and stack[-1][1] is not None:
+                drafts[stack[-1][1]]["children_ns"] += end - start
+                drafts[stack[-1][1]]["num_children"] += 1
+            name = str(event["name"])
+            if name.startswith(MODULE):
+                path, _, module_class = name.removeprefix(MODULE).partition("|")
+                modules.append(ModuleRange(name=path, module_class=module_class, start_ns=start, dur_ns=dur, thread=thread))
+                # A module called inside an op (a scripted one) still hangs below that op.
+                stack.append((end, stack[-1][1] if stack else None, (path, module_class)))
+                continue
+            index = len(drafts)
+            args = event.get("args", {})
+            drafts.append(
+                {
+                    "index": index,
+                    "name": name,
+                    "start_ns": start,
+                    "dur_ns": end - start,
+                    "children_ns": 0,
+                    "num_children": 0,
+                    "thread": thread,
+                    "parent": parent,
+                    "module": module[0] if module else None,
+                    "module_class": module[1] if module else "",
+                    "step": step_of(start),
+                    "external_id": _int(args.get("External id")),
+                    "shapes": _shapes(args.get("Input Dims", ())),
+                    "dtypes": tuple(str(t) for t in args.get("Input type", ()) if t),
+                }
+            )
+            by_thread.setdefault(thread, []).append(index)
+            stack.append((end, index, module))
+    ops = []
+    for draft in drafts:
+        children = draft.pop("children_ns")
+        ops.append(CpuOp(self_ns=max(0, draft["dur_ns"] - children), **draft))
+    return tuple(ops), tuple(sorted(modules, key=lambda m: m.start_ns)), by_thread
+
+
+def _shapes(dims: Any) -> tuple[tuple[int, ...], ...]:
+    """Kineto's `Input Dims`: one list an argument, a list of lists for a tensor list, [] for what has no dimensions."""
+    found: list[tuple[int, ...]] = []
+    for item in dims:
+        if isinstance(item, list) and item:
+            if isinstance(item[0], list):
+                found.extend(tuple(int(n) for n in inner) for inner in item if inner)
+            else:
+                found.append(tuple(int(n) for n in item))
+    return tuple(found)
+
+
+def _thread(event: Mapping[str, Any]) -> str:
+    return f"{event.get('pid', '')}/{event.get('tid', '')}"
+
+
+def _int(value: Any) -> int | None:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,242 @@
+"""Report -> rich renderables for a terminal, and the same as plain text. Adapts to the width it is given."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+
+from rich.box import Box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.padding import Padding
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from gpuopt.core.result import Report
+from gpuopt.reports.content.blocks import Bar, Bars, Block, Cell, Column, Facts, Message, Messages, Page, Roofline, Steps, Table, View
+from gpuopt.reports.page import page
+
+TEXT_WIDTH = 140
+"""Columns of plain text, where no terminal says otherwise."""
+
+STYLES = {
+    "good": "green",
+    "warn": "yellow",
+    "bad": "bold red",
+    "dim": "bright_black",
+    "strong": "bold",
+    "compute": "green",
+    "memory": "blue",
+    "copy": "magenta",
+    "gap": "yellow",
+    "other": "cyan",
+    "unknown": "bright_black",
+}
+_SIGNS = {"good": ("✓", "green"), "info": ("•", "cyan"), "warning": ("!", "bold yellow"), "error": ("✗", "bold red")}
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+_RULE = Box("    \n    \n ── \n    \n    \n    \n    \n    \n")
+_METER = 8
+
+
+def render(report: Report, view: View | None = None) -> RenderableType:
+    """The page of a report, for `rich.Console.print`."""
+    return _Page(page(report, view))
+
+
+def text(report: Report, view: View | None = None, *, width: int = TEXT_WIDTH) -> str:
+    """The same without colours."""
+    out = io.StringIO()
+    Console(file=out, width=width, color_system=None, force_terminal=False, highlight=False, markup=False, emoji=False).print(
+        render(report, view)
+    )
+    return "".join(line.rstrip() + "\n" for line in out.getvalue().splitlines())
+
+
+class _Page:
+    def __init__(self, shown: Page) -> None:
+        self.shown = shown
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown = self.shown
+        if shown.headline:
+            yield Group(*(_message(item) for item in shown.headline))
+        for block in shown.blocks:
+            renderable = _block(block)
+            if renderable is not None:
+                yield Text("")
+                yield renderable
+        yield Text("")
+        yield Text(shown.footer, style="bright_black")
+
+
+def _block(block: Block) -> RenderableType | None:
+    match block:
+        case Table():
+            return _Fitted(block)
+        case Facts():
+            return _facts(block)
+        case Bars():
+            return _Waterfall(block)
+        case Messages():
+            return Group(_title(block.title), *(_message(item) for item in block.items))
+        case Steps():
+            return _steps(block)
+        case Roofline():  # a picture; the ops table that follows holds its figures
+            return None
+
+
+def _title(title: str, beside: str = "") -> Text:
+    line = Text(title, style="bold")
+    if beside:
+        line.append(f"   {beside}", style="not bold bright_black")
+    return line
+
+
+def _message(message: Message) -> RenderableType:
+    sign, style = _SIGNS.get(message.severity, _SIGNS["info"])
+    grid = RichTable.grid(padding=(0, 1))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    line = Text()
+    if message.code:
+        line.append(f"{message.code} ", style="bold")
+    line.append(message.text)
+    grid.add_row(Text(sign, style=style), line)
+    if message.fix:
+        grid.add_row("", Text(f"→ {message.fix}", style="cyan"))
+    return grid
+
+
+def _facts(facts: Facts) -> RenderableType:
+    grid = RichTable.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True, style="bright_black")
+    grid.add_column(overflow="fold")
+    for name, cell in facts.rows:
+        grid.add_row(Text(name), _cell(cell))
+    return Group(_title(facts.title), Padding(grid, (0, 0, 0, 2)), *_notes(facts.notes))
+
+
+def _steps(steps: Steps) -> RenderableType:
+    lines: list[RenderableType] = [_title(steps.title)]
+    for why, command in steps.steps:
+        lines.append(Padding(Text(why), (0, 0, 0, 2)))
+        lines.append(Padding(Text(f"$ {command}", style="cyan", overflow="fold"), (0, 0, 0, 2)))
+    return Group(*lines)
+
+
+def _notes(notes: Sequence[str]) -> Iterator[RenderableType]:
+    for note in notes:
+        yield Padding(Text(note, style="bright_black"), (0, 0, 0, 2))
+
+
+def _cell(cell: Cell) -> Text:
+    line = Text(overflow="fold")
+    if cell.meter is not None:
+        line.append(_bar(cell.meter, _METER).ljust(_METER + 1), style="cyan")
+    line.append(cell.text, style=STYLES.get(cell.tone, ""))
+    return line
+
+
+def _bar(share: float, width: int) -> str:
+    """0..1 -> block characters, in eighths of one; anything above nothing is seen."""
+    eighths = max(round(max(0.0, min(1.0, share)) * width * 8), 1 if share > 0 else 0)
+    full, part = divmod(eighths, 8)
+    return "█" * full + (_EIGHTHS[part] if part else "")
+
+
+class _Fitted:
+    """A table that gives up its spare columns, most spare first, until the rest fits."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        kept = _fit(self.table, options.max_width)
+        rich_table = RichTable(
+            box=_RULE,
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, 1, 0, 1),
+            collapse_padding=True,
+            header_style="bright_black",
+            border_style="bright_black",
+        )
+        for index in kept:
+            column = self.table.columns[index]
+            whole = column.right or (len(kept) > 1 and _width(self.table, index) <= 12)
+            rich_table.add_column(Text(column.title), justify="right" if column.right else "left", no_wrap=whole, overflow="fold")
+        for row in self.table.rows:
+            rich_table.add_row(*(_cell(row[index]) for index in kept))
+        yield _title(self.table.title, self.table.beside)
+        yield rich_table
+        yield from _notes(self.table.notes)
+        left_out = [column.title for index, column in enumerate(self.table.columns) if index not in kept]
+        if left_out:
+            yield from _notes([f"a wider terminal, or --json, also shows: {', '.join(left_out)}"])
+
+
+def _width(table: Table, index: int) -> int:
+    """Cells the column needs at most."""
+    widths = [len(table.columns[index].title)]
+    for row in table.rows:
+        cell = row[index]
+        widths.append(Text(cell.text).cell_len + (_METER + 1 if cell.meter is not None else 0))
+    return max(widths)
+
+
+def _fit(table: Table, width: int) -> list[int]:
+    kept = [index for index in range(len(table.columns)) if _says_something(table, index)]
+    widths = {index: min(_width(table, index), 48) + 2 for index in kept}
+    while sum(widths[i] for i in kept) + len(kept) - 1 > width:
+        column = max(kept, key=lambda i: (table.columns[i].spare, i))
+        if table.columns[column].spare == 0:
+            break
+        kept.remove(column)
+    return kept
+
+
+def _says_something(table: Table, index: int) -> bool:
+    """A column of dashes is left out, unless it may never be."""
+    column: Column = table.columns[index]
+    return column.spare == 0 or any(row[index].text not in ("", "—") for row in table.rows)
+
+
+class _Waterfall:
+    """Each bar begins where the one above ended, so that the row of them is the whole."""
+
+    def __init__(self, bars: Bars) -> None:
+        self.bars = bars
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        bars = self.bars.bars
+        yield _title(self.bars.title, self.bars.notes[0] if self.bars.notes else "")
+        names = max((Text(bar.label).cell_len for bar in bars), default=0)
+        values = max((len(bar.value) for bar in bars), default=0)
+        room = options.max_width - names - values - 14
+        details = max((len(bar.detail) for bar in bars), default=0)
+        width = max(8, min(40, room))
+        detail_room = room - width - 2
+        start = 0.0
+        for bar in bars:
+            line = Text("  ", no_wrap=True, overflow="ellipsis")
+            line.append(bar.label.ljust(names) + "  ")
+            line.append_text(_placed(bar, start, width))
+            line.append(f"  {bar.value:>{values}}", style="bold" if bar.share >= 0.25 else "")
+            line.append(f" {_percent(bar.share):>5}")
+            if bar.detail and detail_room >= min(details, 24):
+                line.append(f"  {bar.detail}", style="bright_black")
+            yield line
+            start += max(0.0, bar.share)
+        yield from _notes(self.bars.notes[1:])
+
+
+def _percent(share: float) -> str:
+    return "<1%" if 0 < share < 0.01 else f"{share * 100:.0f}%"
+
+
+def _placed(bar: Bar, start: float, width: int) -> Text:
+    offset = min(width - 1, round(max(0.0, min(1.0, start)) * width))
+    length = min(width - offset, max(round(max(0.0, bar.share) * width), 1 if bar.share > 0 else 0))
+    line = Text("·" * offset, style="bright_black")
+    line.append("█" * length, style=STYLES[bar.tone])
+    line.append("·" * (width - offset - length), style="bright_black")
+    return line

@@ -1,0 +1,216 @@
+"""Report × Report -> a verdict for each run both have. Pure.
+
+Two reports were taken apart in time, so each figure's own interval is used, and a threshold of practical importance beside it.
+A change is `slower` when its whole interval lies above the threshold, `inconclusive` when the interval straddles it, and never guessed where the
+figures cannot be compared: another device, another clock, too few samples. Runs interleaved in one `gpuopt bench` give narrower answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from gpuopt.core.result import SCHEMA_VERSION, Device, Finding, GateResult, Report, Run, Stats, Status
+
+DEFAULT_THRESHOLD = 0.05
+"""Relative. Two sessions on one machine differ by a few percent (clocks, placement) however narrow each interval is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One run before and after."""
+
+    run: str
+    """What the two have in common, as text."""
+    verdict: str
+    """`faster`, `slower`, `same`, `inconclusive`, `broken` (it used to work), `fixed` (it did not), or `new` (only after)."""
+    reason: str = ""
+    before_ms: float | None = None
+    after_ms: float | None = None
+    """Medians."""
+    change: float | None = None
+    """after / before - 1: above zero is slower."""
+    change_low: float | None = None
+    change_high: float | None = None
+    """95% interval of `change`, from the intervals of the two medians."""
+
+
+Key = tuple[object, ...]
+
+
+def key(run: Run) -> Key:
+    """What makes two runs the same question: model, backend, preset, precision, changes, shapes and where the inputs are."""
+    dims = run.dims or ({"N": run.batch} if run.batch is not None else {})
+    return (run.model, run.backend, run.preset, run.precision, run.transforms, tuple(sorted(dims.items())), run.input_mode)
+
+
+def label(run: Run) -> str:
+    """The same, to read."""
+    dims = run.dims or ({"N": run.batch} if run.batch is not None else {})
+    parts = [run.model, run.backend + (f":{run.preset}" if run.preset else ""), run.precision or ""]
+    parts += [*run.transforms, " ".join(f"{k}={v}" for k, v in dims.items())]
+    parts += [f"{run.input_mode} inputs"] if run.input_mode != "device" else []
+    return " · ".join(part for part in parts if part)
+
+
+def compare(before: Report, after: Report, *, threshold: float = DEFAULT_THRESHOLD) -> tuple[Comparison, ...]:
+    """One Comparison for each run of either report, in the order of `before`, then what is new. `threshold` is relative: 0.05 is 5%."""
+    doubt = _other_device(before.device, after.device)
+    old, new = _by_key(before.runs), _by_key(after.runs)
+    rows: list[Comparison] = []
+    for name, runs in old.items():
+        others = new.get(name, [])
+        if len(runs) > 1 or len(others) > 1:
+            rows.append(
+                Comparison(run=label(runs[0]), verdict="inconclusive", reason="a report holds several runs that differ in options alone")
+            )
+        elif not others:
+            rows.append(
+                Comparison(run=label(runs[0]), verdict="inconclusive", reason="not in the second report", before_ms=_median(runs[0]))
+            )
+        else:
+            rows.append(_pair(runs[0], others[0], doubt, threshold))
+    rows += [Comparison(run=label(runs[0]), verdict="new", after_ms=_median(runs[0])) for name, runs in new.items() if name not in old]
+    return tuple(rows)
+
+
+def gates(
+    comparisons: Sequence[Comparison], *, threshold: float = DEFAULT_THRESHOLD, allow_inconclusive: bool = False
+) -> tuple[GateResult, ...]:
+    """The verdicts as gates: slower and broken miss; inconclusive misses unless allowed; a comparison of nothing misses."""
+    judged = [row for row in comparisons if row.verdict != "new"]
+    limit = f"at most {threshold * 100:.3g}% slower"
+    if not judged:
+        return (GateResult(name="max-slowdown", passed=allow_inconclusive, figure="nothing to compare", limit=limit),)
+    return tuple(
+        GateResult(
+            name="max-slowdown",
+            passed=row.verdict not in ("slower", "broken") and (row.verdict != "inconclusive" or allow_inconclusive),
+            figure=(f"{row.change * 100:+.1f}%, {row.verdict}" if row.change is not None else row.verdict)
+            + (f": {row.reason}" if row.reason else ""),
+            limit=limit,
+            run=row.run,
+        )
+        for row in judged
+    )
+
+
+def report(
+    before: Report, after: Report, *, threshold: float = DEFAULT_THRESHOLD, allow_inconclusive: bool = False, command: str = ""
+) -> Report:
+    """Both reports -> one that holds the verdicts; its environment and device are those of `after`."""
+    rows = compare(before, after, threshold=threshold)
+    findings = tuple(
+        Finding(code="GPO600", severity="info", message=f"{what} changed: {old} -> {new}")
+        for what, old, new in _environment_changes(before, after)
+    )
+    return Report(
+        schema_version=SCHEMA_VERSION,
+        command=command,
+        verb="compare",
+        environment=after.environment,
+        device=replace(after.device, notes=()) if after.device else None,
+        findings=findings,
+        gates=gates(rows, threshold=threshold, allow_inconclusive=allow_inconclusive),
+        tables={"compare": [_plain(row) for row in rows]},
+    )
+
+
+def _plain(row: Comparison) -> dict[str, object]:
+    return {
+        name: getattr(row, name) for name in ("run", "verdict", "reason", "before_ms", "after_ms", "change", "change_low", "change_high")
+    }
+
+
+def _by_key(runs: Sequence[Run]) -> dict[Key, list[Run]]:
+    found: dict[Key, list[Run]] = {}
+    for run in runs:
+        found.setdefault(key(run), []).append(run)
+    return found
+
+
+def _median(run: Run) -> float | None:
+    return run.latency_ms.median if run.latency_ms else None
+
+
+def _pair(before: Run, after: Run, doubt: str, threshold: float) -> Comparison:
+    row = Comparison(run=label(before), verdict="inconclusive", before_ms=_median(before), after_ms=_median(after))
+    if before.status == Status.OK and after.status != Status.OK:
+        return replace(row, verdict="broken", reason=f"{after.status.value}: {after.reason}".rstrip(": "))
+    if before.status != Status.OK:
+        if after.status == Status.OK:
+            return replace(row, verdict="fixed", reason=f"was {before.status.value}")
+        return replace(row, reason=f"{before.status.value} before, {after.status.value} after")
+    if doubt:
+        return replace(row, reason=doubt)
+    if before.clock != after.clock:
+        return replace(row, reason=f"timed by other clocks: {before.clock or 'unknown'}, {after.clock or 'unknown'}")
+    if before.options != after.options:
+        return replace(row, reason="the backend's options differ")
+    if before.latency_ms is None or after.latency_ms is None:
+        return replace(row, reason="a latency is missing")
+    return _judge(row, before.latency_ms, after.latency_ms, threshold)
+
+
+def _judge(row: Comparison, before: Stats, after: Stats, threshold: float) -> Comparison:
+    """Medians and their intervals -> a verdict, in logarithms, where a ratio is a difference."""
+    if before.median <= 0 or after.median <= 0:
+        return replace(row, reason="a median is not above zero")
+    centre = math.log(after.median / before.median)
+    row = replace(row, change=math.expm1(centre))
+    widths = [_half_width(before), _half_width(after)]
+    if widths[0] is None or widths[1] is None:
+        return replace(row, reason="too few samples for an interval")
+    half = math.hypot(widths[0], widths[1])
+    low, high = math.expm1(centre - half), math.expm1(centre + half)
+    row = replace(row, change_low=low, change_high=high)
+    if low > threshold:
+        return replace(row, verdict="slower")
+    if high > threshold:
+        return replace(
+            row, reason=f"the interval reaches past {threshold * 100:.3g}%: measure longer (--min-time), or interleave both in one bench"
+        )
+    if high < 0 and row.change is not None and row.change < -threshold:
+        return replace(row, verdict="faster")
+    return replace(row, verdict="same")
+
+
+def _half_width(stats: Stats) -> float | None:
+    """Half the 95% interval of log(median); the wider side where it is lopsided."""
+    if stats.ci95_low is None or stats.ci95_high is None or stats.ci95_low <= 0:
+        return None
+    return max(math.log(stats.ci95_high / stats.median), math.log(stats.median / stats.ci95_low), 0.0)
+
+
+def _other_device(before: Device | None, after: Device | None) -> str:
+    """Why figures of these two devices say nothing about each other; empty where they do."""
+    if before is None or after is None:
+        return "a report does not name its device"
+    for what, old, new in (
+        ("device", before.name, after.name),
+        ("kind of device", before.kind, after.kind),
+        ("compute capability", before.capability, after.capability),
+        ("number of SMs", before.num_sms, after.num_sms),
+        ("number of cores", before.num_cores, after.num_cores),
+        ("memory", before.memory_bytes, after.memory_bytes),
+        ("power limit", before.power_limit_w, after.power_limit_w),
+    ):
+        if old != new:
+            return f"other {what}: {old} before, {new} after"
+    return ""
+
+
+def _environment_changes(before: Report, after: Report) -> list[tuple[str, str, str]]:
+    """Versions and flags that moved between the two: not a verdict, often its reason."""
+    old: dict[str, str] = {**before.environment.packages, **before.environment.flags}
+    new: dict[str, str] = {**after.environment.packages, **after.environment.flags}
+    for name in ("gpuopt", "python", "platform", "cuda", "cudnn"):
+        old[name], new[name] = str(getattr(before.environment, name)), str(getattr(after.environment, name))
+    old["driver"] = str(before.device.driver if before.device else None)
+    new["driver"] = str(after.device.driver if after.device else None)
+    return [
+        (name, old.get(name, "absent"), new.get(name, "absent"))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]

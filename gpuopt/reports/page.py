@@ -1,0 +1,50 @@
+"""Report -> a page: what is shown, in which order, in every human-readable format. Pure."""
+
+from __future__ import annotations
+
+from gpuopt.core.result import Ceilings, Report
+from gpuopt.reports.content import breakdown, headline, machine, naming, proof, speed, steps, tables, verdicts
+from gpuopt.reports.content.blocks import Block, Page, View
+from gpuopt.reports.figures import clean
+
+
+def page(report: Report, view: View | None = None) -> Page:
+    """The page of any report, whatever its verb."""
+    view = view or View()
+    ceilings = report.device.ceilings if report.device else Ceilings()
+    detailed = [run for run in report.runs if run.waterfall or run.roofline or run.modules]
+    name = naming.labels(report.runs)
+    blocks: list[Block] = []
+    blocks += machine.build(report)
+    blocks += tables.build(report)
+    blocks += speed.build(report, ceilings, name)
+    for run in detailed:
+        blocks += breakdown.build(run, ceilings, view, name(run) if len(detailed) > 1 else "")
+    blocks += proof.build(report, name)
+    blocks += verdicts.gates(report)
+    blocks += verdicts.findings(report)
+    blocks += steps.build(report, ceilings)
+    return Page(
+        title=clean(f"gpuopt {report.verb}"),
+        subtitle=clean(report.command, 1000),
+        headline=headline.build(report, ceilings, name),
+        blocks=tuple(blocks),
+        footer=_footer(report),
+    )
+
+
+def _footer(report: Report) -> str:
+    environment = report.environment
+    parts = [f"gpuopt {environment.gpuopt}", f"Python {environment.python}"]
+    parts += [
+        f"{name} {version}"
+        for name, version in environment.packages.items()
+        if name in ("torch", "onnxruntime", "tensorrt", "transformers", "triton")
+    ]
+    if environment.cuda:
+        parts.append(f"CUDA {environment.cuda}")
+    if report.device and report.device.driver:
+        parts.append(f"driver {report.device.driver}")
+    parts.append(environment.platform)
+    flags = " ".join(f"{k}={v}" for k, v in environment.flags.items())
+    return clean(" · ".join(parts) + (f" · {flags}" if flags else ""), 600)

@@ -1,0 +1,79 @@
+"""recipes/*/h200.json -> the tables of README.md between their markers. `--check` says whether they are up to date.
+
+Every figure in the README is made here from a report the tool wrote; none is typed.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from gpuopt.core import codec
+from gpuopt.core.result import Report, Run, Status
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+MARK = re.compile(r"<!-- table:(?P<name>[\w-]+) -->\n.*?<!-- /table -->", re.DOTALL)
+
+
+def table(name: str) -> str:
+    """One recipe's runs as a markdown table, with the ceiling of the same run and the command that made the file."""
+    path = ROOT / "recipes" / name / "h200.json"
+    report = codec.read_json(Report, path)
+    lines = [
+        "| what | batch | ms (median) | samples/s | TFLOP/s | of measured | of data sheet | against the first | error |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    lines += [row(run) for run in report.runs]
+    assert report.device is not None
+    notes = [f"{report.device.name}, driver {report.device.driver}, torch {report.environment.packages.get('torch')}."]
+    for run in report.runs[:1]:
+        quantities = sorted({run.precision or ""} | {r.precision or "" for r in report.runs})
+        for quantity in quantities:
+            ceiling = report.device.ceilings.find(quantity, "measured")
+            if ceiling is not None:
+                notes.append(f"Measured {quantity} ceiling of the same run: {ceiling.value / 1e12:.0f} TFLOP/s.")
+    notes.append(f"`{report.command}` wrote [`recipes/{name}/h200.json`](recipes/{name}/h200.json).")
+    return "\n".join([*lines, "", " ".join(notes)])
+
+
+def row(run: Run) -> str:
+    """One run; a run that has no times says why."""
+    what = " ".join(
+        [run.precision or "", run.backend + (f":{run.preset}" if run.preset else ""), *run.transforms, *(["host inputs"] if run.input_mode == "host" else [])]
+    )
+    if run.status is not Status.OK or run.latency_ms is None:
+        return f"| {what} | {run.batch} | {run.status}: {run.reason.replace('|', '/')[:120]} | | | | | | |"
+    relative = run.relative.ratio if run.relative else 1.0
+    error = run.accuracy.relative_rmse if run.accuracy else None
+    cells = [
+        what,
+        str(run.batch),
+        f"{run.latency_ms.median:.4g}",
+        f"{run.samples_per_s:.4g}" if run.samples_per_s else "",
+        f"{run.tflops:.4g}" if run.tflops else "",
+        f"{run.pct_of_measured:.1f}%" if run.pct_of_measured else "",
+        f"{run.pct_of_spec:.1f}%" if run.pct_of_spec else "",
+        f"{relative:.2f}x",
+        f"{error:.1e}" if error is not None else "",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def render(text: str) -> str:
+    """README text with its tables made again."""
+    return MARK.sub(lambda m: f"<!-- table:{m['name']} -->\n{table(m['name'])}\n<!-- /table -->", text)
+
+
+def main() -> None:
+    """Rewrite README.md, or check it."""
+    text = README.read_text(encoding="utf-8")
+    made = render(text)
+    if "--check" in sys.argv:
+        sys.exit(0 if made == text else "README.md is not what recipes/*/h200.json say: python recipes/readme_tables.py")
+    README.write_text(made, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Children that crash, hang, flood or leave others behind: each is one classified result, and nothing is left running."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gpuopt.core.result import Status
+from gpuopt.pipeline.facts import Measured
+from gpuopt.pipeline.isolate import STDERR_TAIL_BYTES, Child, ChildFailed
+
+
+@pytest.fixture
+def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[Child]:
+    here = str(Path(__file__).parent)
+    with Child("fake_worker", environment={"PYTHONPATH": here}) as made:
+        yield made
+
+
+def group_members(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except OSError:
+                continue
+            state, _, group = stat.rpartition(")")[2].split()[:3]
+            if int(group) == pid and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def test_an_answer_comes_back_with_progress_before_it_and_prints_are_no_frames(child: Child) -> None:
+    seen = []
+    answer = child.call("echo", Measured, timeout_s=20, ns=[1, 2, 3], on_progress=lambda share, note: seen.append((share, note)))
+    assert answer.samples.samples_ns == (1, 2, 3)
+    assert seen == [(0.5, "half")]
+
+
+@pytest.mark.parametrize(
+    ("verb", "status", "words"),
+    [
+        ("segv", Status.CRASH, "SIGSEGV"),
+        ("abort", Status.CRASH, "terminate called"),
+        ("exit0", Status.CRASH, "exited with 0"),
+        ("killed", Status.OOM_HOST, "SIGKILL"),
+        ("grandchild", Status.CRASH, "exited with 3"),
+    ],
+)
+def test_a_dead_child_is_classified_and_its_group_is_gone(child: Child, verb: str, status: Status, words: str) -> None:
+    with pytest.raises(ChildFailed) as failure:
+        child.call(verb, Measured, timeout_s=20)
+    assert failure.value.status is status
+    assert words in failure.value.reason
+    assert group_members(child.pid) == []
+
+
+@pytest.mark.parametrize("verb", ["hang", "ignore_sigterm"])
+def test_a_hanging_child_is_killed_at_its_deadline_with_everything_it_started(child: Child, verb: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(ChildFailed) as failure:
+        child.call(verb, Measured, timeout_s=1.5)
+    assert failure.value.status is Status.TIMEOUT
+    assert time.monotonic() - began < 10
+    assert group_members(child.pid) == []
+
+
+def test_a_flood_of_stderr_neither_blocks_nor_is_kept_whole(child: Child) -> None:
+    with pytest.raises(ChildFailed) as failure:
+        child.call("flood", Measured, timeout_s=60)
+    assert "the last line" in failure.value.reason
+    assert len(child.stderr_tail()) <= STDERR_TAIL_BYTES
+
+
+def test_nothing_is_left_when_the_parent_is_killed(tmp_path: Path) -> None:
+    """kill -9 gives the parent no chance to clean up: the kernel must take the child with it."""
+    import subprocess
+
+    script = "import sys; from gpuopt.pipeline.isolate import Child\nc = Child(); print(c.pid, flush=True)\nimport time; time.sleep(600)"
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    deadline = time.monotonic() + 20
+    # The child asks the kernel for this only once Python is up.
+    while time.monotonic() < deadline and b"gpuopt" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+        time.sleep(0.05)
+    time.sleep(1.0)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    while time.monotonic() < deadline and group_members(pid):
+        time.sleep(0.1)
+    assert group_members(pid) == []
+
+
+def test_closing_twice_is_harmless_and_frees_the_pipes() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    child = Child("fake_worker", environment={"PYTHONPATH": str(Path(__file__).parent)})
+    child.close()
+    child.kill()
+    assert len(os.listdir("/proc/self/fd")) <= before
