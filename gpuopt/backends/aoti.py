@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from gpuopt.core.accepts import Accepts
+from gpuopt.core.accepts import Accepts, device_of
 from gpuopt.core.errors import Unsupported, UsageError
 from gpuopt.core.live import Inputs, Model
 from gpuopt.core.result import PrecisionAudit
 from gpuopt.core.spec import Precision
-from gpuopt.core.tally import Tally
+from gpuopt.core.tally import Tally, tf32_flags
 from gpuopt.trust import gate, portable
 
 FORMS = frozenset({"module", "exported"})
@@ -68,30 +68,26 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> PackageRu
     """Export, compile, package, load the package and call it once.
 
     `options`: `preset`, `precision`, `dynamic` (dimension -> (low, high)); anything else is a setting of Inductor by its own name.
+    A range that begins at 1 takes two packages: the compiler fixes size 1 for good, so a dynamic package begins at 2.
     Raises Unsupported when the model cannot be exported, UsageError for an unknown preset or setting; what the compiler raises goes through.
     """
     settings = _settings(options)
-    dynamic = options.get("dynamic") or {}
-    device = _device_of(inputs)
-    accepts = Accepts.of(inputs, dynamic, align_bytes=_ALIGN_BYTES if device.startswith("cuda") else 1)
-    program = portable.export(model.module, inputs, dynamic)
-    tf32_matmul, tf32_conv = _tf32(device)
-    reader = _Reader(Tally(tf32_matmul=tf32_matmul, tf32_conv=tf32_conv))
+    ranges = {name: (int(pair[0]), int(pair[1])) for name, pair in (options.get("dynamic") or {}).items()}
+    device = device_of(inputs)
+    accepts = Accepts.of(inputs, ranges, align_bytes=_ALIGN_BYTES if device.startswith("cuda") else 1)
+    single = _single(ranges)
+    reader = _Reader(Tally(**tf32_flags(torch.backends, _capability(device))))
     folder = Path(tempfile.mkdtemp(prefix="gpuopt-aoti-"))  # 0700: what lies here is about to be run
     try:
-        with torch.no_grad():
-            written = torch._inductor.aoti_compile_and_package(
-                program, package_path=str(folder / PACKAGE), inductor_configs={**settings, "post_grad_custom_post_pass": reader}
-            )
-        call = gate.load_aoti(Path(written), signed_by_us=True, device_index=_index(device))
+        above = {name: (max(2, low) if name == single else low, high) for name, (low, high) in ranges.items()}
+        packages = {"": _package(model.module, inputs, above, folder / PACKAGE, settings, reader)}
+        if single is not None:
+            rest = {name: pair for name, pair in ranges.items() if name != single}
+            one = folder / _single_name(single)
+            packages[single] = _package(model.module, _narrowed(inputs, single), rest, one, settings, reader)
+        calls = {letter: gate.load_aoti(path, signed_by_us=True, device_index=_index(device)) for letter, path in packages.items()}
         runner = PackageRunner(
-            call=call,
-            accepts=accepts,
-            device=device,
-            package=Path(written),
-            folder=folder,
-            reader=reader,
-            precision=options.get("precision"),
+            calls=calls, accepts=accepts, device=device, packages=packages, folder=folder, reader=reader, precision=options.get("precision")
         )
         runner(*inputs.args, **inputs.kwargs)
         _synchronize(device)
@@ -102,23 +98,23 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> PackageRu
 
 
 def load(folder: Path, files: Mapping[str, str], options: Mapping[str, Any], device: str) -> PackageRunner:
-    """A bundle's package, as it is. `options`: `trust` and `signed_by_us`, which the gate asks for."""
+    """A bundle's packages, as they are. `options`: `trust` and `signed_by_us`, which the gate asks for."""
     accepts = portable.read_accepts(folder, files)
-    package = folder / files["aoti"]
-    call = gate.load_aoti(package, **portable.consent(options), device_index=_index(device))
-    return PackageRunner(call=call, accepts=accepts, device=_indexed(device), package=package, precision=options.get("precision"))
+    packages = {role.partition(":")[2].partition("=")[0]: folder / name for role, name in files.items() if role.partition(":")[0] == "aoti"}
+    calls = {k: gate.load_aoti(path, **portable.consent(options), device_index=_index(device)) for k, path in packages.items()}
+    return PackageRunner(calls=calls, accepts=accepts, device=_indexed(device), packages=packages, precision=options.get("precision"))
 
 
 class PackageRunner:
-    """A loaded package behind a check of its inputs."""
+    """Loaded packages behind a check of their inputs: one for all sizes, and one for size 1 of a dimension whose range begins there."""
 
     def __init__(
         self,
         *,
-        call: Any,
+        calls: Mapping[str, Any],
         accepts: Accepts,
         device: str,
-        package: Path,
+        packages: Mapping[str, Path],
         folder: Path | None = None,
         reader: _Reader | None = None,
         precision: str | None = None,
@@ -126,34 +122,98 @@ class PackageRunner:
         self.device = device
         self.notes: list[str] = []
         self.accepts = accepts
-        self._call = call
-        self._package = package
+        self._calls = dict(calls)
+        """"" is the package for all sizes, a letter the one for size 1 of that dimension."""
+        self._packages = dict(packages)
         self._folder = folder
         """Ours to remove; None for a bundle's."""
         self._reader = reader
         self._precision = precision
+        self._single = next((letter for letter in self._calls if letter), None)
+        self._where = _find(accepts, self._single) if self._single else (0, 0)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Outputs in plain containers. Raises UsageError naming an input that is not what the package was built for."""
         self.accepts.check(args, kwargs)
-        return self._call(*args, **kwargs)
+        return self._calls[self._chosen(args, kwargs)](*args, **kwargs)
 
     def audit(self) -> PrecisionAudit | None:
-        """From the post-grad graph the package was generated from; None for one that was loaded."""
-        return self._reader.tally.audit(self._precision, "post-grad graph") if self._reader and self._reader.num_graphs else None
+        """From the post-grad graphs the packages were generated from; None for one that was loaded."""
+        if self._reader is None or not self._reader.num_graphs:
+            return None
+        tally: Tally = self._reader.tally
+        return tally.audit(self._precision, "post-grad graph")
 
     def save(self, folder: Path) -> Mapping[str, str]:
-        """The package and what it accepts."""
-        shutil.copyfile(self._package, folder / PACKAGE)
+        """The packages and what they accept."""
+        files = {}
+        for letter, package in self._packages.items():
+            shutil.copyfile(package, folder / package.name)
+            files[f"aoti:{letter}=1" if letter else "aoti"] = package.name
         portable.write_accepts(self.accepts, folder)
-        return {"aoti": PACKAGE, "accepts": portable.ACCEPTS}
+        return {**files, "accepts": portable.ACCEPTS}
 
     def close(self) -> None:
-        """Unmap the code and remove the temporary package."""
-        self._call = None
+        """Let go of the code and remove the temporary packages."""
+        self._calls = {}
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+    def _chosen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        if self._single is None:
+            return ""
+        index, axis = self._where
+        tensor = args[index] if index < len(args) else kwargs[self.accepts.inputs[index].name]
+        return self._single if tensor.shape[axis] == 1 else ""
+
+
+def _package(
+    module: torch.nn.Module, inputs: Inputs, ranges: Mapping[str, tuple[int, int]], path: Path, settings: Mapping[str, Any], reader: _Reader
+) -> Path:
+    program = portable.export(module, inputs, ranges)
+    with torch.no_grad():
+        written = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs={**settings, "post_grad_custom_post_pass": reader}
+        )
+    return Path(written)
+
+
+def _single(ranges: Mapping[str, tuple[int, int]]) -> str | None:
+    """The dimension whose range begins at 1. Raises Unsupported for two of them (four packages) and for ranges that begin at 0."""
+    found = [name for name, (low, high) in ranges.items() if low < 2 <= high]
+    for name, (low, high) in ranges.items():
+        if low < 1 or high < 2:
+            raise Unsupported(f"dimension {name} cannot be dynamic from {low} to {high}", fix=f"give it a range: --dim {name}=1:2:8")
+    if len(found) > 1:
+        raise Unsupported(
+            f"the ranges of {' and '.join(found)} begin at 1, and the compiler fixes size 1 for good",
+            fix=f"begin one of them at 2: --dim {found[1]}=2:…",
+        )
+    return found[0] if found else None
+
+
+def _single_name(letter: str) -> str:
+    return f"model.{letter}1.aoti.pt2"
+
+
+def _find(accepts: Accepts, letter: str) -> tuple[int, int]:
+    """Which input and which of its axes carry a dynamic dimension."""
+    return next((i, axis) for i, want in enumerate(accepts.inputs) for axis, d in enumerate(want.shape) if d == letter)
+
+
+def _narrowed(inputs: Inputs, letter: str) -> Inputs:
+    """The same inputs cut to size 1 along a dimension, memory order kept."""
+    bound = [*inputs.args, *inputs.kwargs.values()]
+    accepts = Accepts.of(inputs)
+    for index, spec in enumerate(inputs.specs[: len(bound)]):
+        for axis, d in enumerate(spec.shape):
+            if d == letter:
+                cut = bound[index].narrow(axis, 0, 1)
+                one = torch.empty_strided(cut.shape, accepts.strides(index, cut.shape), dtype=cut.dtype, device=cut.device)
+                bound[index] = one.copy_(cut)
+    count = len(inputs.args)
+    return Inputs(args=tuple(bound[:count]), kwargs=dict(zip(inputs.kwargs, bound[count:], strict=True)), specs=inputs.specs)
 
 
 class _Reader(CustomGraphPass):
@@ -203,24 +263,10 @@ def _indexed(device: str) -> str:
     return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
 
 
-def _tf32(device: str) -> tuple[bool, bool]:
-    """Whether fp32 products and fp32 convolutions go through TF32 tensor cores here, now."""
-    if not device.startswith("cuda") or torch.cuda.get_device_capability(device) < (8, 0):
-        return False, False
-    try:
-        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # settings made through the newer interface cannot be read through the older one
-        conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch's stub lacks it
-        return torch.backends.cuda.matmul.fp32_precision == "tf32", conv.fp32_precision == "tf32"
-
-
-def _device_of(inputs: Inputs) -> str:
-    for value in (*inputs.args, *inputs.kwargs.values()):
-        if isinstance(value, torch.Tensor):
-            return str(value.device)
-    return "cpu"
-
-
 def _synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+
+
+def _capability(device: str) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.startswith("cuda") else None

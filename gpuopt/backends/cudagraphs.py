@@ -10,15 +10,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpuopt.core.accepts import Accepts
-from gpuopt.core.errors import Unsupported
+from gpuopt.core.errors import Unsupported, UsageError
 from gpuopt.core.live import Inputs, Model
 from gpuopt.core.result import PrecisionAudit
 from gpuopt.core.spec import Precision
-from gpuopt.core.tally import Tally
+from gpuopt.core.tally import Tally, tf32_flags
 from gpuopt.trust import portable
 
 FORMS = frozenset({"module", "torchscript", "exported"})
 PRESETS: dict[str, dict[str, Any]] = {}
+_OWN = frozenset({"preset", "precision", "dynamic", "trust", "signed_by_us", "static_outputs"})
 
 _WARMUP = 3
 """Calls before recording: libraries pick algorithms and allocate workspaces in the first ones, which a recording cannot hold."""
@@ -46,6 +47,7 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> GraphRunn
     `options`: `precision`; `static_outputs=true` returns the graph's own output buffers, which the next call overwrites: no copy, and one result alive at a time.
     Raises Unsupported for dynamic dimensions and for a forward that cannot be recorded (it waits for the device, or allocates on the host).
     """
+    _checked(options)
     if options.get("dynamic"):
         names = ", ".join(options["dynamic"])
         raise Unsupported(
@@ -101,7 +103,7 @@ class GraphRunner:
                 if tensor is not buffer:
                     buffer.copy_(tensor, non_blocking=True)
             self._graph.replay()
-            return _copied(self._outputs) if self._copies else self._outputs
+            return portable.copied(self._outputs) if self._copies else self._outputs
 
     @property
     def static_inputs(self) -> tuple[torch.Tensor, ...]:
@@ -135,8 +137,7 @@ def _record(module: Any, inputs: Inputs, options: Mapping[str, Any]) -> GraphRun
     device = static[0].device
     args = static[: len(inputs.args)]
     kwargs = dict(zip(inputs.kwargs, static[len(inputs.args) :], strict=True))
-    tf32_matmul, tf32_conv = _tf32(str(device))
-    tally = Tally(tf32_matmul=tf32_matmul, tf32_conv=tf32_conv)
+    tally = Tally(**tf32_flags(torch.backends, _capability(str(device))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.no_grad():
         stream = torch.cuda.Stream(device)
@@ -184,22 +185,14 @@ def _buffer(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, memory_format=torch.preserve_format).copy_(tensor)
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {k: _copied(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_copied(v) for v in value)
-    return value
+def _capability(device: str) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.startswith("cuda") else None
 
 
-def _tf32(device: str) -> tuple[bool, bool]:
-    """Whether fp32 products and fp32 convolutions go through TF32 tensor cores here, now."""
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return False, False
-    try:
-        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # settings made through the newer interface cannot be read through the older one
-        conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch's stub lacks it
-        return torch.backends.cuda.matmul.fp32_precision == "tf32", conv.fp32_precision == "tf32"
+def _checked(options: Mapping[str, Any]) -> None:
+    """Raises UsageError for a preset or an option that does not exist."""
+    if options.get("preset"):
+        raise UsageError(f"cudagraphs has no preset {options['preset']!r}", fix="leave it away")
+    for key in options:
+        if key not in _OWN:
+            raise UsageError(f"cudagraphs has no option {key!r}", fix="static_outputs=true")

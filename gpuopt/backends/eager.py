@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpuopt.core.accepts import Accepts
-from gpuopt.core.errors import Unsupported
+from gpuopt.core.accepts import Accepts, device_of
+from gpuopt.core.errors import Unsupported, UsageError
 from gpuopt.core.live import Inputs, Model
 from gpuopt.core.result import PrecisionAudit
 from gpuopt.core.spec import Precision
-from gpuopt.core.tally import Tally
+from gpuopt.core.tally import Tally, tf32_flags
 from gpuopt.trust import portable
 
 FORMS = frozenset({"module", "torchscript", "exported"})
 PRESETS: dict[str, dict[str, Any]] = {}
+_OWN = frozenset({"preset", "precision", "dynamic", "trust", "signed_by_us"})
 
 
 def available(device: str) -> str | None:
@@ -40,10 +41,11 @@ def supports(form: str, precision: Precision | None, device: str) -> str | None:
 
 def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> EagerRunner:
     """Nothing is compiled; one call finds what cannot run. `options`: `precision`, `dynamic`."""
+    _checked(options)
     runner = EagerRunner(
         module=model.module,
         form=model.form,
-        device=_device_of(inputs),
+        device=device_of(inputs),
         inputs=inputs,
         precision=options.get("precision"),
         dynamic=options.get("dynamic") or {},
@@ -83,7 +85,7 @@ class EagerRunner:
         # inference_mode skips version counters and view tracking, which is worth 5-10% of a launch-bound forward;
         # an exported graph or a ScriptModule may update buffers in ways it forbids, so those get no_grad.
         self._mode: type[AbstractContextManager[Any]] = torch.inference_mode if form == "module" else torch.no_grad
-        self._tf32 = _tf32(device)
+        self._tf32 = tf32_flags(torch.backends, _capability(device))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own outputs."""
@@ -98,7 +100,7 @@ class EagerRunner:
             return None
         given = self._inputs
         # Not inference_mode: there, composite ops arrive whole and hide the casts inside them.
-        with torch.no_grad(), _Weigh(Tally(tf32_matmul=self._tf32[0], tf32_conv=self._tf32[1])) as weigh:
+        with torch.no_grad(), _Weigh(Tally(**self._tf32)) as weigh:
             self._module(*given.args, **given.kwargs)
         tally: Tally = weigh.tally
         return tally.audit(self._precision, "aten dispatch of one call")
@@ -132,24 +134,19 @@ class _Weigh(TorchDispatchMode):
         return out
 
 
-def _tf32(device: str) -> tuple[bool, bool]:
-    """Whether fp32 products and fp32 convolutions go through TF32 tensor cores here, now."""
-    if not device.startswith("cuda") or torch.cuda.get_device_capability(device) < (8, 0):
-        return False, False
-    try:
-        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # settings made through the newer interface cannot be read through the older one
-        conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch's stub lacks it
-        return torch.backends.cuda.matmul.fp32_precision == "tf32", conv.fp32_precision == "tf32"
-
-
-def _device_of(inputs: Inputs) -> str:
-    for value in (*inputs.args, *inputs.kwargs.values()):
-        if isinstance(value, torch.Tensor):
-            return str(value.device)
-    return "cpu"
-
-
 def _synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+
+
+def _capability(device: str) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.startswith("cuda") else None
+
+
+def _checked(options: Mapping[str, Any]) -> None:
+    """Raises UsageError for a preset or an option that does not exist."""
+    if options.get("preset"):
+        raise UsageError(f"eager has no preset {options['preset']!r}", fix="leave it away")
+    for key in options:
+        if key not in _OWN:
+            raise UsageError(f"eager has no option {key!r}", fix="it takes none")

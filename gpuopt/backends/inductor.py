@@ -15,11 +15,12 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from gpuopt.core.accepts import device_of
 from gpuopt.core.errors import Unsupported, UsageError
 from gpuopt.core.live import Inputs, Model
 from gpuopt.core.result import PrecisionAudit
 from gpuopt.core.spec import Precision
-from gpuopt.core.tally import Tally
+from gpuopt.core.tally import Tally, tf32_flags
 from gpuopt.trust import portable
 
 FORMS = frozenset({"module", "exported"})
@@ -73,7 +74,7 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> InductorR
     that the next call overwrites; anything else is a setting of Inductor by its own name (`epilogue_fusion=false`).
     Raises UsageError for an unknown preset or setting, Unsupported when nothing was captured or the preset needs a GPU; what the compiler raises goes through.
     """
-    device = _device_of(inputs)
+    device = device_of(inputs)
     settings, notes = _settings(options, device)
     runner = InductorRunner(
         module=model.module, device=device, settings=settings, options=options, inputs=inputs, dynamic=options.get("dynamic") or {}
@@ -116,7 +117,7 @@ class InductorRunner:
         self._inputs = inputs
         self._dynamic = dict(dynamic)
         self._precision = options.get("precision")
-        self._reader = _Reader(Tally(tf32_matmul=_tf32(device)[0], tf32_conv=_tf32(device)[1]))
+        self._reader = _Reader(Tally(**tf32_flags(torch.backends, _capability(device))))
         self._graphs = bool(settings.get("triton.cudagraphs"))
         self._copies = self._graphs and not options.get("static_outputs", False)
         self._skipped = 0
@@ -134,7 +135,7 @@ class InductorRunner:
                 return self._call(*args, **kwargs)
             torch.compiler.cudagraph_mark_step_begin()
             out = self._call(*args, **kwargs)
-            return _copied(portable.plain(out)) if self._copies else out
+            return portable.copied(portable.plain(out)) if self._copies else out
 
     def compile(self, inputs: Inputs) -> None:
         """First calls: everything that compiles, warms up or records a graph happens here, and what it gave up on is noted."""
@@ -238,16 +239,6 @@ def _marked(inputs: Inputs, dynamic: Mapping[str, Any]) -> Inputs:
     return Inputs(args=tuple(bound[:count]), kwargs=dict(zip(inputs.kwargs, bound[count:], strict=True)), specs=inputs.specs)
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {k: _copied(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_copied(v) for v in value)
-    return value
-
-
 def _snapshot() -> tuple[Counter[str], int]:
     return Counter(counters["graph_break"]), counters["inductor"]["cudagraph_skips"]
 
@@ -302,24 +293,10 @@ def _no_compiler() -> str | None:
     return None
 
 
-def _tf32(device: str) -> tuple[bool, bool]:
-    """Whether fp32 products and fp32 convolutions go through TF32 tensor cores here, now."""
-    if not device.startswith("cuda") or torch.cuda.get_device_capability(device) < (8, 0):
-        return False, False
-    try:
-        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # settings made through the newer interface cannot be read through the older one
-        conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch's stub lacks it
-        return torch.backends.cuda.matmul.fp32_precision == "tf32", conv.fp32_precision == "tf32"
-
-
-def _device_of(inputs: Inputs) -> str:
-    for value in (*inputs.args, *inputs.kwargs.values()):
-        if isinstance(value, torch.Tensor):
-            return str(value.device)
-    return "cpu"
-
-
 def _synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+
+
+def _capability(device: str) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.startswith("cuda") else None

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from gpuopt.core.accepts import Accepts
 from gpuopt.core.errors import Unavailable, Unsupported, UsageError
 from gpuopt.core.live import Inputs, Model
 from gpuopt.core.result import PrecisionAudit
@@ -62,14 +63,14 @@ def load(folder: Path, files: Mapping[str, str], options: Mapping[str, Any], dev
     merged = {**saved, **{k: v for k, v in options.items() if v is not None}}
     _checked(merged)
     _strike(merged, "load")
-    module, _ = portable.load(folder, files, options)
-    return NullRunner(module=module, inputs=None, options=merged)
+    module, accepts = portable.load(folder, files, options)
+    return NullRunner(module=module, inputs=None, options=merged, accepts=accepts)
 
 
 class NullRunner:
     """Runs the module, then does to the result what it was told."""
 
-    def __init__(self, *, module: Any, inputs: Inputs | None, options: Mapping[str, Any]) -> None:
+    def __init__(self, *, module: Any, inputs: Inputs | None, options: Mapping[str, Any], accepts: Accepts | None = None) -> None:
         bound = [*inputs.args, *inputs.kwargs.values()] if inputs else []
         self.device = next((str(t.device) for t in bound if isinstance(t, torch.Tensor)), "cpu")
         self.notes: list[str] = []
@@ -77,6 +78,7 @@ class NullRunner:
         self._module = module
         self._inputs = inputs
         self._options = dict(options)
+        self._accepts = accepts
         self._sleep_ns = round(float(options.get("sleep_ms", 0)) * 1e6)
         self._after = int(options.get("after", 0))
         self._lie = LIES.get(str(options.get("fail")))
@@ -85,6 +87,8 @@ class NullRunner:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's outputs, or a lie about them; returns `sleep_ms` after it was entered, unless the module itself takes longer."""
         entered = time.perf_counter_ns()
+        if self._accepts is not None:
+            self._accepts.check(args, kwargs)
         self.num_calls += 1
         if self.num_calls > self._after or self._broken:
             self._broken = self._options.get("fail") == "illegal_access" and self._at() == "run"  # such errors stick to a process

@@ -254,12 +254,13 @@ class OrtRunner:
         if self._session is None:
             raise RuntimeError("this runner was closed")
         tensors = self._checked(args, kwargs)
+        self._last = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         if self._settings.cuda_graph:
             return self._replay(tensors)
         bound = self._session.io_binding()
         for name, tensor in tensors.items():
             _bind_input(bound, name, tensor, self._index)
-        outputs = self._bind_outputs(bound, {name: tuple(t.shape) for name, t in tensors.items()})
+        outputs = self._bind_outputs(bound, {name: shape for name, (_, shape) in self._last.items()})
         self._run(bound)
         values = bound.get_outputs()
         return {
@@ -671,10 +672,14 @@ def audit_nodes(
     audit = tally.audit(requested.value if requested else None, "onnx graph + placement: the nodes that ran")
     return replace(
         audit,
-        # Nodes that compute and could not be weighed prove nothing.
-        honoured=audit.honoured and not (requested and unknown and not total),
+        # A node that cannot be weighed still says what it computes in: one in another dtype may be most of the work.
+        honoured=audit.honoured and all(requested is None or _audited_dtype(node, has_tf32) == _wanted(requested) for node in unknown),
         placements={provider: flops / total for provider, flops in sorted(placements.items())} if total else {},
     )
+
+
+def _wanted(requested: Precision) -> str:
+    return "tf32" if requested is Precision.TF32 else requested.dtype
 
 
 def _audited_dtype(node: NodeRun, has_tf32: bool) -> str:

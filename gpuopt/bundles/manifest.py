@@ -19,13 +19,15 @@ MAC = "manifest.mac"
 OWN_FILES = (MANIFEST, MAC)
 MAX_MANIFEST_BYTES = 64 << 20
 """A manifest with 10,000 raw samples is under 1 MB; anything near this is no manifest."""
+RESERVED = ".gpuopt-"
+"""In the names of locks and temporary folders, so that no target's folders can be taken for another's leftovers."""
 MAX_NAME_BYTES = 200
 """File systems take 255; the temporary folder and the lock beside the target carry a longer name than the target."""
 SCHEMA = SCHEMA_VERSION
 
 NATIVE_BACKENDS = frozenset({"aoti", "trt", "torch-trt"})
 """Their artifacts are machine code for one device and one set of libraries. Any other backend builds again from a portable file."""
-DATA_BACKENDS = frozenset({"ort", "null"})
+DATA_BACKENDS = frozenset({"ort"})
 """Their runtimes only read data out of a bundle's files. Others rebuild a program from theirs: .pt2 runs code when it is opened."""
 DATA_SUFFIXES = frozenset({".onnx", ".data", ".safetensors", ".npz", ".json", ".txt"})
 
@@ -34,17 +36,23 @@ def safe_name(text: str) -> str:
     """Any model's name -> a file name: letters, digits, `.`, `_` and `-`, at most 100 characters, never hidden, never empty."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     kept = re.sub(r"[^A-Za-z0-9._-]+", "-", plain)
-    return re.sub(r"-{2,}|\.{2,}", "-", kept).strip("-.")[:100].rstrip("-.") or "model"
+    return re.sub(r"[-.]*(?:--|\.\.|-\.|\.-)[-.]*", "-", kept).strip("-.")[:100].rstrip("-.") or "model"
 
 
 def require_output_name(name: str) -> None:
     """Refuse what would be trouble as a folder's name. Raises UsageError with a name that would do."""
     odd = [c for c in name if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
-    if name in ("", ".", "..") or odd or len(os.fsencode(name)) > MAX_NAME_BYTES:
-        why = (
-            "has control characters" if odd else f"is longer than {MAX_NAME_BYTES} bytes" if len(name) > 2 else "names no folder of its own"
-        )
-        raise UsageError(f"the output name {name[:60]!r} {why}", fix=f"-o {safe_name(name)}")
+    why = ""
+    if name in ("", ".", ".."):
+        why = "names no folder of its own"
+    elif odd:
+        why = "has control characters"
+    elif len(os.fsencode(name)) > MAX_NAME_BYTES:
+        why = f"is longer than {MAX_NAME_BYTES} bytes"
+    elif RESERVED in name:
+        why = f"holds {RESERVED!r}, which marks temporary folders"
+    if why:
+        raise UsageError(f"the output name {name[:60]!r} {why}", fix=f"-o {safe_name(name.replace(RESERVED, '-'))}")
 
 
 def require_member_name(name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -126,18 +127,19 @@ def _is_ours(path: Path, data: bytes) -> bool:
 
 
 def _read_own(path: Path, name: str) -> bytes:
-    """A small regular file of the bundle; links, devices and pipes are refused without waiting on them."""
+    """A small regular file of the bundle; links, folders, devices and pipes are refused without waiting on them."""
+    fix = "name a folder that gpuopt compile wrote"
     try:
         handle = os.open(path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise BadInput(f"{path} is not a bundle: {name}: {getattr(error, 'strerror', error)}", fix=fix) from error
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_MANIFEST_BYTES:
+            raise BadInput(f"{path} is not a bundle: {name} is not a regular file of at most {MAX_MANIFEST_BYTES >> 20} MiB", fix=fix)
+        with open(handle, "rb", closefd=False) as file:
+            return file.read(MAX_MANIFEST_BYTES)
     except OSError as error:
-        raise BadInput(f"{path} is not a bundle: {name}: {error.strerror}", fix="name a folder that gpuopt compile wrote") from error
-    with os.fdopen(handle, "rb") as file:
-        try:
-            data = file.read(MAX_MANIFEST_BYTES + 1)
-        except OSError as error:
-            raise BadInput(f"{path / name} cannot be read: {error.strerror}", fix="name a folder that gpuopt compile wrote") from error
-    if data is None or len(data) > MAX_MANIFEST_BYTES:
-        raise BadInput(
-            f"{path / name} is no {name}: it is a pipe or over {MAX_MANIFEST_BYTES} bytes", fix="name a folder that gpuopt compile wrote"
-        )
-    return data
+        raise BadInput(f"{path / name} cannot be read: {error.strerror}", fix=fix) from error
+    finally:
+        os.close(handle)

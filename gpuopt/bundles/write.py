@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from gpuopt.bundles.manifest import MAC, MANIFEST, OWN_FILES, describe_folder, members, require_output_name
+from gpuopt.bundles.manifest import MAC, MANIFEST, OWN_FILES, RESERVED, describe_folder, members, require_output_name
 from gpuopt.core import codec
 from gpuopt.core.errors import GpuoptError, ResourceError, UsageError
 from gpuopt.core.result import Manifest
@@ -165,7 +165,7 @@ def _make_parents(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _locked(target: Path, timeout_s: float) -> Iterator[None]:
-    path = target.parent / f".{target.name}.gpuopt-lock"
+    path = target.parent / f".{target.name}{RESERVED}lock"
     deadline = time.monotonic() + timeout_s
     while True:
         with _disk_errors(target.parent):
@@ -200,11 +200,11 @@ def _is_same_file(handle: int, path: Path) -> bool:
 
 
 def _prefix(target: Path) -> str:
-    return f".{target.name}.gpuopt-tmp-"
+    return f".{target.name}{RESERVED}tmp-"
 
 
 def _aside(target: Path) -> Path:
-    return target.parent / f".{target.name}.gpuopt-old"
+    return target.parent / f".{target.name}{RESERVED}old"
 
 
 def _sweep(target: Path) -> None:

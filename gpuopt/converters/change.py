@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -107,7 +106,7 @@ def _try(module: Any, inputs: Inputs, what: str) -> None:
 
 def _copied(model: Model) -> Any:
     try:
-        return copy.deepcopy(model.module)
+        return precision.copied(model.module)
     except (RuntimeError, TypeError) as error:  # tensors that are results of other tensors (weight norm), locks, open files
         raise Unsupported(
             f"{model.name} cannot be copied, and the original is never changed: {error}", fix="pass a factory: package.module:function"

@@ -22,7 +22,7 @@ Ranges = Mapping[str, tuple[int, int]]
 
 
 def export(model: Model, inputs: Inputs, dynamic: Ranges | None = None) -> ExportedProgram:
-    """The program of `model(*inputs)`. Dimensions in `dynamic` stay open within their range, all others are fixed to the inputs' values.
+    """The program of `model(*inputs)`, whose tensors have the model's dtype and device already. Dimensions in `dynamic` stay open within their range, all others are fixed to the inputs' values.
 
     Outputs are plain dicts and tuples of tensors (transformers' output classes become dicts), so that the file loads where the model's code is not installed.
     An exported model gives its own program. Raises UsageError for a letter no input has, Unsupported with torch's reason where the model cannot be exported.
@@ -68,7 +68,7 @@ def recast(program: ExportedProgram, to: Precision) -> ExportedProgram:
                 f"the exported program has {str(written[0]).removeprefix('torch.')} written into its graph ({node.target} at {node.name}): a cast would not reach it",
                 fix=f"cast the source model to {to}, then export it",
             )
-    module = program.module(check_guards=False)
+    module = precision.copied(program.module(check_guards=False))  # the program's own weights are behind it
     precision.cast(module, to, ())
     assert program.example_inputs is not None
     args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(target) if t.is_floating_point() else t, program.example_inputs)

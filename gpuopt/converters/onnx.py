@@ -17,7 +17,6 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from gpuopt.converters import exported
-from gpuopt.converters.precision import cast_inputs
 from gpuopt.converters.publish import publish
 from gpuopt.core.errors import GateFailed, Unsupported
 from gpuopt.core.live import Inputs, Model
@@ -44,7 +43,7 @@ def export(model: Model, inputs: Inputs, path: Path, dynamic: exported.Ranges | 
     names = _input_names(program, inputs)
     outputs = _output_names(program, names)
     with publish(path) as temporary:
-        _write(program, temporary, names, outputs, model.name)
+        _write(program, temporary, names, outputs, _letters(inputs, dynamic or {}), model.name)
         notes = _missing(temporary, names)
         if check:
             notes += _check(temporary, model, inputs, names, outputs)
@@ -52,16 +51,31 @@ def export(model: Model, inputs: Inputs, path: Path, dynamic: exported.Ranges | 
     return path
 
 
-def _write(program: ExportedProgram, path: Path, names: Sequence[str], outputs: Sequence[str], model: str) -> None:
+def _write(
+    program: ExportedProgram,
+    path: Path,
+    names: Sequence[str],
+    outputs: Sequence[str],
+    letters: tuple[dict[int, str], ...] | None,
+    model: str,
+) -> None:
     try:
         with _quiet() as said:
-            made = torch.onnx.export(program, dynamo=True, input_names=names, output_names=outputs, verbose=False, optimize=True)
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=names,
+                output_names=outputs,
+                dynamic_shapes=letters,  # the program has its dimensions already: this only names them
+                verbose=False,
+                optimize=True,
+            )
     except torch.OutOfMemoryError:
         raise
     except (
         Exception
     ) as error:  # the exporter, its decompositions and its optimiser raise each their own: whatever it is, it is why there is no file
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), said_last(said.getvalue()))
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), _last_line(said.getvalue()))
         raise Unsupported(
             f"{model} cannot be exported to ONNX: {type(error).__name__}: {first[:300]}",
             fix="--to pt2, or a backend that runs the module itself",
@@ -89,14 +103,15 @@ def _check(path: Path, model: Model, inputs: Inputs, names: Sequence[str], outpu
     limit = _LIMITS.get(model.dtype or "float32")
     if limit is None:
         return [f"the ONNX file is valid but was not run: ONNX Runtime's CPU provider does not compute in {model.dtype}"]
-    given = cast_inputs(inputs, model.module)
     with torch.no_grad():
         wanted = [
-            leaf for leaf in pytree.tree_leaves(exported.plain(model.module(*given.args, **given.kwargs))) if isinstance(leaf, torch.Tensor)
+            leaf
+            for leaf in pytree.tree_leaves(exported.plain(model.module(*inputs.args, **inputs.kwargs)))
+            if isinstance(leaf, torch.Tensor)
         ]
     session = gate.onnx_session(path, ["CPUExecutionProvider"])
     held = {value.name for value in session.get_inputs()}
-    feeds = {name: tensor.cpu().numpy() for name, tensor in zip(names, _tensors(given), strict=True) if name in held}
+    feeds = {name: tensor.cpu().numpy() for name, tensor in zip(names, _tensors(inputs), strict=True) if name in held}
     found = [torch.from_numpy(value) for value in session.run(list(outputs), feeds)]
     for name, ours, theirs in zip(outputs, wanted, found, strict=True):
         reason = _difference(ours.detach().cpu(), theirs, limit)
@@ -127,6 +142,12 @@ def _tensors(inputs: Inputs) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves((inputs.args, dict(inputs.kwargs))) if isinstance(leaf, torch.Tensor)]
 
 
+def _letters(inputs: Inputs, ranges: exported.Ranges) -> tuple[dict[int, str], ...] | None:
+    """Axis -> letter for each tensor, in the order of `_tensors`; None where everything is fixed."""
+    found = tuple({axis: part for axis, part in enumerate(spec.shape) if isinstance(part, str) and part in ranges} for spec in inputs.specs)
+    return found if any(found) else None
+
+
 def _input_names(program: ExportedProgram, inputs: Inputs) -> list[str]:
     """One a tensor, in the order of `_tensors`."""
     own = [name for name in program.graph_signature.user_inputs if isinstance(name, str)]
@@ -149,7 +170,7 @@ def _part(key: Any) -> str:
     return str(next(getattr(key, field) for field in ("key", "idx", "name") if hasattr(key, field)))
 
 
-def said_last(text: str) -> str:
+def _last_line(text: str) -> str:
     """The last line of what was printed."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "no reason given"

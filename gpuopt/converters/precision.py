@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -108,6 +109,14 @@ def cast_inputs(inputs: Inputs, module: nn.Module) -> Inputs:
         return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device=device, dtype=dtype if t.dtype in _FLOATS else None), value)
 
     return inputs.map(change)
+
+
+def copied(module: nn.Module) -> Any:
+    """A deep copy in which whatever shared memory still does: `copy.deepcopy` tears two Parameters over one memory apart."""
+    twin = copy.deepcopy(module)
+    tensors = dict(_named_tensors(twin))
+    _retie([[(name, tensors[name]) for name, _ in group] for group in _aliases(module)])
+    return twin
 
 
 class _CastInputs:

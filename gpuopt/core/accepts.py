@@ -184,6 +184,12 @@ def input_names(inputs: Inputs) -> list[str]:
     return [*names, *inputs.kwargs]
 
 
+def device_of(inputs: Inputs) -> str:
+    """Where the first tensor lives, `cpu` where there is none."""
+    found = (str(value.device) for value in (*inputs.args, *inputs.kwargs.values()) if _is_tensor(value))
+    return next(found, "cpu")
+
+
 def dtype_name(dtype: Any) -> str:
     """`torch.float16` -> `float16`."""
     return str(dtype).removeprefix("torch.")

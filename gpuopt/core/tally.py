@@ -119,6 +119,17 @@ class Tally:
         )
 
 
+def tf32_flags(backends: Any, capability: tuple[int, int] | None) -> dict[str, bool]:
+    """`torch.backends` and the GPU's compute capability (None: no GPU) -> Tally's arguments, as the switches stand now."""
+    if capability is None or capability < (8, 0):
+        return {"tf32_matmul": False, "tf32_conv": False}
+    try:
+        return {"tf32_matmul": bool(backends.cuda.matmul.allow_tf32), "tf32_conv": bool(backends.cudnn.allow_tf32)}
+    except RuntimeError:  # switches set through the newer interface cannot be read through the older one
+        matmul, conv = backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
+        return {"tf32_matmul": matmul == "tf32", "tf32_conv": conv == "tf32"}
+
+
 _PLAIN_NAMESPACES = frozenset(
     {"aten", "prims", "prim", "inductor", "_operator", "operator", "math", "builtins", "rngprims", "_c10d_functional"}
 )

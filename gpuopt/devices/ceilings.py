@@ -28,8 +28,8 @@ _HEAT_S = 1.0
 """A cold GPU clocks higher than it can hold: products for this long before anything counts."""
 _BUDGET_S = 0.3
 """For each shape and each pass."""
-_LONGEST_CALL_S = 0.1
-"""A product that would take longer is measured on a smaller shape (fp64 on GPUs that hardly have it)."""
+_LONGEST_CALL_S = {"cuda": 0.2, "cpu": 0.1}
+"""A product that would take longer, by the rate of the smallest, is measured on a smaller shape (fp64 on GPUs that hardly have it)."""
 
 
 def measure(device: Device, *, refresh: bool = False, progress: Progress | None = None) -> Ceilings:
@@ -135,7 +135,7 @@ def _on_cpu(device: Device, tell: Progress) -> Ceilings:
 
 def _heat(device: Device) -> None:
     quantity = "fp16" if info.supports(device, Precision.FP16) is None else "fp32"
-    shape = next(iter(_fitting((*_GPU_SHAPES[:1], *_GPU_FALLBACKS), quantity, device)))
+    shape = next(iter(_fitting((_GPU_SHAPES[0], *_GPU_FALLBACKS), quantity, device)), _GPU_FALLBACKS[-1])
     rates.seconds_a_call(workloads.gemm(quantity, shape, device.id).call, device.id, _HEAT_S)
 
 
@@ -175,7 +175,7 @@ def _worth_it(quantity: str, device: Device, shapes: tuple[Shape, ...], fallback
     rate = probe.amount / rates.once(probe.call, device.id)
 
     def is_short(shape: Shape) -> bool:
-        return 2.0 * shape[0] * shape[1] * shape[2] / rate <= _LONGEST_CALL_S
+        return 2.0 * shape[0] * shape[1] * shape[2] / rate <= _LONGEST_CALL_S[device.kind]
 
     for group in (shapes, *((shape,) for shape in fallbacks)):
         found = [shape for shape in _fitting(group, quantity, device) if is_short(shape)]
@@ -186,7 +186,7 @@ def _worth_it(quantity: str, device: Device, shapes: tuple[Shape, ...], fallback
 
 def _fitting(shapes: tuple[Shape, ...], quantity: str, device: Device) -> list[Shape]:
     room = _free_bytes(device) // 2
-    return [shape for shape in shapes if workloads.gemm_bytes(quantity, shape) <= room] or [shapes[-1]]
+    return [shape for shape in shapes if workloads.gemm_bytes(quantity, shape) <= room]
 
 
 def _free_bytes(device: Device) -> int:

@@ -1,1 +1,74 @@
+"""ModelRef -> Model: finds out what was named and hands it to the one loader of that form. Light: leaf files import torch, this does not."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gpuopt.core.errors import BadInput, UsageError
+from gpuopt.core.live import Model
+from gpuopt.core.registry import resolve
+from gpuopt.core.spec import ModelRef
+from gpuopt.trust.policy import POLICY, Format, classify, printable
+
+LOADERS: dict[str, str] = {
+    Format.CHECKPOINT: "gpuopt.loaders.pickled:load",
+    Format.PICKLE: "gpuopt.loaders.pickled:load",
+    Format.TORCHSCRIPT: "gpuopt.loaders.torchscript:load",
+    Format.EXPORTED: "gpuopt.loaders.exported:load",
+    Format.SAFETENSORS: "gpuopt.loaders.weights:load",
+    Format.SHARDED_SAFETENSORS: "gpuopt.loaders.weights:load",
+    Format.ONNX: "gpuopt.loaders.onnx:load",
+    Format.TRANSFORMERS: "gpuopt.loaders.huggingface:load",
+    Format.BUNDLE: "gpuopt.loaders.bundle:load",
+}
+"""Form -> `module:function` of `(ref, path) -> Model`. A row is all a new format needs here; what opens its files goes into trust/gate.py."""
+
+_EXTRAS = {Format.ONNX: "onnx", Format.TRANSFORMERS: "hf"}
+_BUILT = {
+    Format.AOTI: "name the bundle folder it lies in: gpuopt bench BUNDLE",
+    Format.ENGINE: "name the bundle folder it lies in, or compile the source model: gpuopt compile MODEL --backend trt",
+}
+
+
+def load(ref: ModelRef) -> Model:
+    """The model a reference names, on the CPU and in eval mode.
+
+    Tried in this order: `hf:ID@REVISION`, a path that exists, `file.py:factory`, `package.module:factory`. Raises UsageError when nothing of that
+    name exists, Untrusted, BadInput, GateFailed (NaN weights) and Unavailable as the form's loader says.
+    """
+    text = ref.text
+    if not text or "\0" in text or "\n" in text or "\r" in text:
+        raise UsageError(f"{printable(text)!r} names no model", fix="name a file, a folder, hf:ID@REVISION or package.module:factory")
+    if text.startswith("hf:"):
+        return _call("gpuopt.loaders.huggingface:load_hub", ref, None, extra="hf")
+    path = Path(text)
+    if not _exists(path):
+        if ":" in text:
+            return _call("gpuopt.loaders.factory:load", ref, None)
+        classify(path)  # says that there is nothing
+    if path.suffix == ".py":
+        raise UsageError(f"{printable(text)} is a Python file", fix=f"name the function that builds the model: {printable(text)}:factory")
+    found = classify(path)
+    if found in _BUILT:
+        raise BadInput(f"{printable(path.name)} is {POLICY[found].is_a}: built code without its model", fix=_BUILT[found])
+    return _call(LOADERS[found], ref, path, extra=_EXTRAS.get(found))
+
+
+def onnx_model(path: Path, name: str) -> Model:
+    """The Model of an ONNX file that was just exported. Raises what `load` raises for ONNX."""
+    model: Model = resolve({"onnx": "gpuopt.loaders.onnx:of_file"}, "onnx", kind="loader", extra="onnx")(path, name)
+    return model
+
+
+def _call(target: str, ref: ModelRef, path: Path | None, extra: str | None = None) -> Model:
+    loader: Any = resolve({target: target}, target, kind="loader", extra=extra)
+    model: Model = loader(ref) if path is None else loader(ref, path)
+    return model
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long for the file system, say
+        return False

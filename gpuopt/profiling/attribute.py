@@ -8,8 +8,8 @@ a fused kernel) is a row of its own, module "?", under its own name: its time is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from gpuopt.core.result import Ceilings, Count, ModuleRow, OpRecord
 from gpuopt.core.spec import DTYPE_BYTES
@@ -51,6 +51,8 @@ class _Row:
     kernels: dict[str, float] = field(default_factory=dict)
     sources: tuple[OpRecord, ...] = ()
     """The count rows behind it."""
+    is_exact: bool = True
+    """False when only module and op agree with the count, not the shapes: then the count's sum stands, whatever the number of calls."""
     flops: float | None = None
     bytes: float | None = None
     """A call, where the count has no row."""
@@ -83,8 +85,28 @@ def attribute(trace: Trace, count: Count) -> tuple[OpRecord, ...]:
         for op in trace.ops:
             if op.step is not None:
                 _add(_row_of(trace, index, wrappers, rows, op.index, op.name, is_graph=False), op.self_ns, "")
-    records = [_finish(row, steps) for row in rows.values()]
+    records = _residual([_finish(row, steps) for row in rows.values()], count)
     return tuple(sorted(records, key=lambda r: -(r.time_ns or 0.0)))
+
+
+def _residual(records: list[OpRecord], count: Count) -> list[OpRecord]:
+    """A fused product (cuDNN's LSTM) whose module was counted in parts, on another device, gets what the module's other rows leave of its count.
+
+    Only where it is the module's one row of that kind: two would have to share, and nothing says how.
+    """
+    fused: dict[str, list[int]] = {}
+    for at, record in enumerate(records):
+        if record.flops is None and record.module != UNKNOWN_MODULE and formulas.is_product(record.op.replace(".", "::", 1)):
+            fused.setdefault(record.module, []).append(at)
+    for module, places in fused.items():
+        counted = [r for r in count.records if r.module == module]
+        if len(places) != 1 or any(r.flops is None for r in counted):
+            continue
+        left = math.fsum(r.flops or 0.0 for r in counted) - math.fsum(r.flops or 0.0 for r in records if r.module == module)
+        if left > 0:
+            dtype = max((r for r in counted if r.flops), key=lambda r: r.flops or 0.0).dtype
+            records[places[0]] = replace(records[places[0]], flops=left, dtype=dtype)
+    return records
 
 
 def coverage(records: Iterable[OpRecord]) -> float:
@@ -119,7 +141,7 @@ class _Index:
             if len(costs) == 1 and found[0].flops is not None:  # the same shapes cost the same wherever they are called
                 self.anywhere[key] = found[0]
 
-    def match(self, trace: Trace, op: int | None) -> tuple[CpuOp, str, str, bool] | None:
+    def match(self, trace: Trace, op: int | None, wrappers: Container[int] = ()) -> tuple[CpuOp, str, str, bool] | None:
         """(op of the chain, module, canonical name, whether its shapes match too) or None.
 
         The outermost match wins: the count stops where PyTorch dispatches, so whatever runs inside a counted op is part of it.
@@ -130,7 +152,7 @@ class _Index:
             module, canon = str(candidate.module), formulas.canonical(candidate.name)
             if (module, canon, shapes_text(candidate.shapes)) in self.exact:
                 return candidate, module, canon, True
-            if loose is None and (module, canon) in self.by_op:
+            if loose is None and candidate.index not in wrappers and (module, canon) in self.by_op:
                 loose = candidate, module, canon, False
         return loose
 
@@ -155,7 +177,7 @@ def _wrappers(trace: Trace, index: _Index) -> set[int]:
         is_product = formulas.is_product(op.name)
         if not is_product:
             match = index.match(trace, op.index)
-            is_product = match is not None and match[0].index == op.index
+            is_product = match is not None and match[0].index == op.index and any(r.flops != 0 for r in index.by_op[match[1], match[2]])
         if is_product:
             for above in trace.chain(op.parent):
                 if above.index in found:
@@ -164,8 +186,10 @@ def _wrappers(trace: Trace, index: _Index) -> set[int]:
     return found
 
 
-def _row_of(trace: Trace, index: _Index, wrappers: set[int], rows: dict[tuple[str, ...], _Row], op: int | None, kernel: str, *, is_graph: bool) -> _Row:
-    match = None if is_graph else index.match(trace, op)
+def _row_of(
+    trace: Trace, index: _Index, wrappers: set[int], rows: dict[tuple[str, ...], _Row], op: int | None, kernel: str, *, is_graph: bool
+) -> _Row:
+    match = None if is_graph else index.match(trace, op, wrappers)
     if match is not None:
         found, module, canon, is_exact = match
         shapes = shapes_text(found.shapes) if is_exact else "*"
@@ -173,7 +197,16 @@ def _row_of(trace: Trace, index: _Index, wrappers: set[int], rows: dict[tuple[st
         first = max(sources, key=lambda r: r.count)
         row = rows.setdefault(
             ("count", module, canon, shapes),
-            _Row(op=first.op, module=module, module_class=first.module_class, shapes=first.shapes, dtype=first.dtype, sources=tuple(sources)),
+            _Row(
+                # The count may have been made for another device: `…_for_cpu` would be no name for a GPU's kernel.
+                op=found.name.replace("::", ".", 1) if "::" not in canon and "." not in canon else first.op,
+                module=module,
+                module_class=first.module_class,
+                shapes=first.shapes,
+                dtype=first.dtype,
+                sources=tuple(sources),
+                is_exact=is_exact,
+            ),
         )
         row.instances.add(found.index)
         return row
@@ -182,7 +215,7 @@ def _row_of(trace: Trace, index: _Index, wrappers: set[int], rows: dict[tuple[st
         module = innermost.module if innermost is not None and innermost.module is not None and not is_graph else UNKNOWN_MODULE
         name = kernel if is_graph or trace.on_device or innermost is None else innermost.name
         row = rows.setdefault(("kernel", module, name), _Row(op=name, module=module, module_class="", shapes="", dtype=None))
-        if name.startswith(_FUSED_WITHOUT_PRODUCTS) or name.startswith("Memset") or name.startswith("Memcpy"):
+        if name.startswith((*_FUSED_WITHOUT_PRODUCTS, "Memset", "Memcpy")):
             row.flops = 0.0
         return row
     module = innermost.module if innermost.module is not None else UNKNOWN_MODULE
@@ -220,7 +253,11 @@ def _cost(op: CpuOp, index: _Index, dtype: str | None, *, is_wrapper: bool) -> t
         return flops, None, dtype
     sizes = [math.prod(s) for s in op.shapes]
     # Output elements: an attention's are its query's, a product's are its FLOPs over 2·k.
-    left = op.shapes[1] if formulas.family(op.name) in ("aten::addmm", "aten::baddbmm", "aten::_addmm_activation", "aten::addbmm") else op.shapes[0]
+    left = (
+        op.shapes[1]
+        if formulas.family(op.name) in ("aten::addmm", "aten::baddbmm", "aten::_addmm_activation", "aten::addbmm")
+        else op.shapes[0]
+    )
     written = sizes[0] if canon == "attention" else flops / (2.0 * left[-1])
     return flops, (math.fsum(sizes) + written) * width, dtype
 
@@ -229,7 +266,10 @@ def _copy_row(trace: Trace, rows: dict[tuple[str, ...], _Row], op: int | None, k
     innermost = next(iter(trace.chain(op)), None)
     module = innermost.module if innermost is not None and innermost.module is not None else UNKNOWN_MODULE
     name = f"memcpy {kind}" + (f" ({memory})" if memory else "")
-    row = rows.setdefault(("copy", module, name), _Row(op=name, module=module, module_class=innermost.module_class if innermost else "", shapes="", dtype=None))
+    row = rows.setdefault(
+        ("copy", module, name),
+        _Row(op=name, module=module, module_class=innermost.module_class if innermost else "", shapes="", dtype=None),
+    )
     row.flops = 0.0
     return row
 
@@ -238,10 +278,10 @@ def _finish(row: _Row, steps: int) -> OpRecord:
     flops, moved = row.flops, row.bytes
     calls = len(row.instances) / steps if row.instances else row.launches / steps
     if row.sources:
-        counted = sum(r.count for r in row.sources)
+        runs = calls / sum(r.count for r in row.sources) if row.is_exact else 1.0
         known = [r.flops for r in row.sources if r.flops is not None]
-        flops = math.fsum(known) * calls / counted if len(known) == len(row.sources) else None
-        moved = math.fsum(r.bytes or 0.0 for r in row.sources) * calls / counted
+        flops = math.fsum(known) * runs if len(known) == len(row.sources) else None
+        moved = math.fsum(r.bytes or 0.0 for r in row.sources) * runs
     elif row.instances:
         flops = flops * calls if flops is not None else None
         moved = moved * calls if moved is not None else None
@@ -267,6 +307,7 @@ def modules(
     *,
     ceilings: Ceilings | None = None,
     parameters: Mapping[str, int] | None = None,
+    classes: Mapping[str, str] | None = None,
 ) -> tuple[ModuleRow, ...]:
     """The module tree, each row with everything below it, in the order of execution; first the root.
 
@@ -276,20 +317,21 @@ def modules(
     ----------
     records: from `attribute`; empty where nothing was traced, then times are None but the root's, which is `wall_ms`.
     ceilings: adds `pct_of_ceiling`, the floor of each module's ops over its time.
-    parameters: from `count.module_parameters`.
+        An op that a cache served faster than memory could counts as at its ceiling, not above.
+    parameters, classes: from `count.module_parameters` and `count.module_classes`; without them containers that run no op of their own have neither.
     """
     timed = list(records)
     has_modules = any(r.module not in ("", UNKNOWN_MODULE) for r in timed)
-    classes: dict[str, str] = {"": ""}
+    names: dict[str, str] = {"": ""}
     for record in count.records:
         for name in _path(record.module):
-            classes.setdefault(name, "")
-        classes[record.module] = record.module_class or classes[record.module]
+            names.setdefault(name, "")
+        names[record.module] = record.module_class or names[record.module]
     for record in timed:
         if record.module != UNKNOWN_MODULE:
             for name in _path(record.module):
-                classes.setdefault(name, "")
-            classes[record.module] = record.module_class or classes[record.module]
+                names.setdefault(name, "")
+            names[record.module] = record.module_class or names[record.module]
     flops: dict[str, list[float]] = {}
     moved: dict[str, list[float]] = {}
     unknown: set[str] = set()
@@ -305,10 +347,10 @@ def modules(
         for name in [""] if record.module == UNKNOWN_MODULE else _path(record.module):
             times.setdefault(name, []).append(record.time_ns or 0.0)
             if ceilings is not None:
-                floors.setdefault(name, []).append(roofline.floor_ns(record, ceilings)[0] or 0.0)
+                floors.setdefault(name, []).append(min(roofline.floor_ns(record, ceilings)[0] or 0.0, record.time_ns or 0.0))
     total = math.fsum(times.get("", ())) or (wall_ms or 0.0) * 1e6
     rows = []
-    for name in classes:
+    for name in names:
         if name == "":
             time_ns: float | None = total or None
         else:
@@ -317,7 +359,7 @@ def modules(
         rows.append(
             ModuleRow(
                 name=name,
-                module_class=classes[name],
+                module_class=(classes or {}).get(name, names[name]),
                 depth=0 if name == "" else name.count(".") + 1,
                 time_ns=time_ns,
                 flops=math.fsum(flops[name]) if is_known else None,
@@ -327,7 +369,7 @@ def modules(
                 pct_of_ceiling=100.0 * math.fsum(floors[name]) / time_ns if time_ns and floors.get(name) else None,
             )
         )
-    return tuple(sorted(rows, key=_tree_order(list(classes))))
+    return tuple(sorted(rows, key=_tree_order(list(names))))
 
 
 def _path(module: str) -> list[str]:

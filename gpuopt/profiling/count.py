@@ -10,6 +10,7 @@ a gather at the rows it takes. Fusion is not assumed: their sum is what eager mu
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from gpuopt.core.live import Inputs
 from gpuopt.core.result import Count, OpRecord
@@ -60,6 +62,11 @@ def count(module_or_callable: Callable[..., Any], inputs: Inputs, *, tf32: bool 
     return counter.result(method=method, notes=tuple(notes + counter.notes), num_parameters=_num_parameters(root))
 
 
+def module_classes(module: nn.Module) -> dict[str, str]:
+    """Qualified name -> class name; "" is the root."""
+    return {name: type(child).__name__ for name, child in module.named_modules()}
+
+
 def module_parameters(module: nn.Module) -> dict[str, int]:
     """Qualified name -> parameters in it and below, shared ones once; "" is the root."""
     return {name: sum({id(p): p.numel() for p in child.parameters()}.values()) for name, child in module.named_modules()}
@@ -84,35 +91,74 @@ def _count_fake(target: Any, inputs: Inputs, tf32: bool) -> _Counter:
     if root is not None and not isinstance(root, torch.jit.ScriptModule):
         with FakeCopyMode(mode), torch.no_grad():
             twin = copy.deepcopy(root)
-        if any(t.is_meta for t in (*twin.parameters(), *twin.buffers())):
-            with mode:  # a model without weights: count it as it will run on a real device, where attention has a fused op
-                twin.to_empty(device="cpu")
+        _leave_meta(twin, mode)
         run = twin if target is root else getattr(twin, target.__name__)
         root = twin
     else:
         run = target
 
+    home = _home(root)
+
     def fake(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        copied = mode.from_tensor(value, static_shapes=True)
-        if value.is_meta:
+        if home is not None and value.device != home:  # where inputs live does not change what is computed
             with mode:
-                return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
-        return copied
+                return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=home)
+        return mode.from_tensor(value, static_shapes=True)
 
     args = pytree.tree_map(fake, tuple(inputs.args))
     kwargs = pytree.tree_map(fake, dict(inputs.kwargs))
     counter = _Counter(root, tf32)
-    with torch.no_grad(), mode, counter.watching():
+    with _quiet_fakes(), torch.inference_mode(False), torch.no_grad(), mode, counter.watching():
         run(*args, **kwargs)
     return counter
 
 
+@contextmanager
+def _quiet_fakes() -> Iterator[None]:
+    """PyTorch logs a traceback for each op that fails on fake tensors; here that is an expected turn, and the note says it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = was
+
+
+def _home(module: nn.Module | None) -> torch.device | None:
+    """The one device all parameters are on; None where there are none, or several."""
+    devices = {p.device for p in module.parameters()} if module is not None else set()
+    return devices.pop() if len(devices) == 1 else None
+
+
+def _leave_meta(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Move faked `meta` tensors to a fake CPU in place, tied ones together: a model without weights is counted as a real device runs it, where attention has a fused op."""
+    moved: dict[int, torch.Tensor] = {}
+    for child in module.modules():
+        for table in (child._parameters, child._buffers):
+            for name, tensor in table.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in moved:
+                    with mode:
+                        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+                    moved[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+                table[name] = moved[id(tensor)]  # type: ignore[assignment]
+
+
 def _count_real(target: Any, inputs: Inputs, tf32: bool) -> _Counter:
-    counter = _Counter(_module_of(target), tf32)
+    root = _module_of(target)
+    home = _home(root)
+
+    def move(value: Any) -> Any:
+        return value.to(home) if isinstance(value, torch.Tensor) and home is not None else value
+
+    args, kwargs = pytree.tree_map(move, (tuple(inputs.args), dict(inputs.kwargs)))
+    counter = _Counter(root, tf32)
     with torch.no_grad(), counter.watching():
-        target(*inputs.args, **inputs.kwargs)
+        target(*args, **kwargs)
     return counter
 
 
@@ -181,7 +227,7 @@ class _Counter:
         # One fused op for a whole encoder layer has a formula too, and the same total; without it the rows name the layer's parts.
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with torch.jit.optimized_execution(False), _Mode(self):
+            with torch.jit._fuser.optimized_execution(False), _Mode(self):
                 if self.root is None:
                     yield
                 else:
@@ -274,21 +320,17 @@ class _Mode(TorchDispatchMode):
             return self._higher_order(func, args, kwargs)
         if any(issubclass(t, torch.Tensor) and not issubclass(t, FakeTensor) and _dispatches(t) for t in types):
             return NotImplemented  # a wrapper (a quantised weight, DTensor) unpacks itself into plain ops, which come back here
-        if not formulas.is_product(func._schema.name) and func is not torch.ops.prim.device.default:
-            # Under inference_mode composite ops arrive whole; take them apart before judging them.
+        if func.namespace != "prim" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            # Under inference_mode composite ops (linear, matmul, lstm) arrive whole: take them apart, with the kernel eager itself would use
+            # (`decompose` would prefer a Python decomposition that copies more).
             with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        if _is_composite_product(func):
-            with self:
-                return func.decompose(*args, **kwargs)
+                return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         out = func(*args, **kwargs)
         self.counter.record(func, args, kwargs, out)
         return out
 
     def _higher_order(self, func: Any, args: Any, kwargs: Any) -> Any:
-        formula = formulas.flop_registry.get(func)
+        formula = flop_registry.get(func)
         if formula is None:
             note = f"higher-order op {func.name()}: counted by what it runs"
             if note not in self.counter.notes:
@@ -308,16 +350,6 @@ class _Mode(TorchDispatchMode):
 
 def _dispatches(cls: type) -> bool:
     return getattr(cls, "__torch_dispatch__", None) is not torch._C._disabled_torch_dispatch_impl and cls is not nn.Parameter
-
-
-def _is_composite_product(func: Any) -> bool:
-    """A product that is only a name for others (`linear`, `lstm` off its fused path): its parts are counted instead."""
-    return func._schema.name in _COMPOSITE and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-
-
-_COMPOSITE = frozenset(
-    {"aten::linear", "aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu", "aten::scaled_dot_product_attention", "aten::_scaled_dot_product_attention_math", "aten::_convolution"}
-)
 
 
 def bind(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -404,10 +436,10 @@ def traffic(func: Any, bound: Mapping[str, Any], out: Any) -> float:
     if name in _GATHERS and reads:
         source, rest = reads[0], reads[1:]
         if name.startswith("aten::_embedding_bag") and rest:
-            taken = math.prod(rest[0].shape) * source.shape[-1] * source.element_size()
+            taken = float(math.prod(rest[0].shape) * source.shape[-1] * source.element_size())
         else:
-            taken = sum(_region_bytes(t) for t in outputs[:1])
-        total += min(float(taken), _region_bytes(source)) + _regions_bytes(rest)
+            taken = _regions_bytes(outputs[:1])
+        total += min(taken, _region_bytes(source)) + _regions_bytes(rest)
     elif formulas.canonical(name) == "convolution" and reads:
         total += _region_bytes(reads[0]) * _touched(bound, reads[0]) + _regions_bytes(reads[1:])
     else:

@@ -64,7 +64,7 @@ class Kernel:
     """Index of the innermost op that launched it."""
     step: int | None
     graph_id: int | None = None
-    """Set when it ran from a CUDA graph: then `op` is the replay's, which says nothing."""
+    """Set when it ran from a CUDA graph (the replay's correlation where Kineto gives no id): then `op` is the replay's, which says nothing."""
     is_memset: bool = False
 
 
@@ -141,7 +141,16 @@ class Trace:
 
 
 _COPY = re.compile(r"Memcpy (?P<kind>[A-Za-z]+)(?: \((?P<source>\w+) -> (?P<target>\w+)\))?")
-_COPY_KINDS = {"htod": "h2d", "dtoh": "d2h", "dtod": "d2d", "ptop": "p2p", "htoh": "h2h", "hosttodevice": "h2d", "devicetohost": "d2h", "devicetodevice": "d2d"}
+_COPY_KINDS = {
+    "htod": "h2d",
+    "dtoh": "d2h",
+    "dtod": "d2d",
+    "ptop": "p2p",
+    "htoh": "h2h",
+    "hosttodevice": "h2d",
+    "devicetohost": "d2h",
+    "devicetodevice": "d2d",
+}
 _HOST = {"h2d": "source", "d2h": "target"}
 _RUNTIME_KINDS = (
     ("graph", re.compile(r"GraphLaunch")),
@@ -210,29 +219,40 @@ def from_chrome(data: Mapping[str, Any], *, device: str, notes: tuple[str, ...] 
                 if known is None or known.kind == "other":
                     launches[call.correlation] = call
 
-    def launched_by(args: Mapping[str, Any]) -> tuple[int | None, int | None, int | None]:
-        """(correlation, op, step) of a device event: by its launch, else by the op id Kineto copied onto it."""
+    def launched_by(args: Mapping[str, Any]) -> tuple[int | None, int | None, RuntimeCall | None]:
+        """(correlation, op, launch) of a device event: by its launch, else by the op id Kineto copied onto it."""
         correlation = _int(args.get("correlation"))
         launch = launches.get(correlation) if correlation else None
         op = launch.op if launch is not None else None
         external = _int(args.get("External id"))
         if op is None and external:
             op = by_external.get(external)
-        return correlation, op, launch.step if launch is not None else None
+        return correlation, op, launch
 
     kernels: list[Kernel] = []
     copies: list[Copy] = []
     for category in ("kernel", "gpu_memset", "gpu_memcpy"):
         for start, dur, event in by_category.get(category, []):
             args = event.get("args", {})
-            correlation, op, step = launched_by(args)
-            step = step if step is not None else step_of(start)
+            correlation, op, launch = launched_by(args)
+            step = launch.step if launch is not None and launch.step is not None else step_of(start)
+            is_replay = launch is not None and launch.kind == "graph"
             stream = _int(args.get("stream")) or 0
             if category == "gpu_memcpy":
                 kind, memory = copy_kind(event["name"])
                 size = _int(args.get("bytes")) or 0
                 copies.append(
-                    Copy(kind=kind, memory=memory, bytes=size, start_ns=start, dur_ns=dur, stream=stream, correlation=correlation, op=op, step=step)
+                    Copy(
+                        kind=kind,
+                        memory=memory,
+                        bytes=size,
+                        start_ns=start,
+                        dur_ns=dur,
+                        stream=stream,
+                        correlation=correlation,
+                        op=op,
+                        step=step,
+                    )
                 )
                 continue
             kernels.append(
@@ -244,7 +264,7 @@ def from_chrome(data: Mapping[str, Any], *, device: str, notes: tuple[str, ...] 
                     correlation=correlation,
                     op=op,
                     step=step,
-                    graph_id=_int(args.get("graph id")) or None,
+                    graph_id=_int(args.get("graph id")) or (correlation if is_replay else None),
                     is_memset=category == "gpu_memset",
                 )
             )
@@ -256,7 +276,7 @@ def from_chrome(data: Mapping[str, Any], *, device: str, notes: tuple[str, ...] 
         runtime=tuple(sorted(runtime, key=lambda r: (r.start_ns, r.thread))),
         ops=ops,
         modules=modules,
-        num_lost=sum(1 for e in (*kernels, *copies) if e.step is None),
+        num_lost=sum(k.step is None for k in kernels) + sum(c.step is None for c in copies),
         notes=notes,
     )
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -154,7 +155,6 @@ def _rnn(args: Args, out: Any) -> float:
     return 2.0 * _rnn_steps(args) * sum(_numel(w.shape) for w in weights or () if len(w.shape) == 2)
 
 
-
 def _mkldnn_rnn_layer(args: Args, out: Any) -> float:
     # weight0 and weight1 are input and hidden weights, weight2 and weight3 their biases. A reordered weight may show an opaque shape, so the gates are counted
     # from the sizes: 4 for LSTM (mode 2), 3 for GRU (mode 3), 1 otherwise.
@@ -266,7 +266,9 @@ PRODUCTS: dict[str, Formula] = {
 }
 """Ops that multiply, by schema name without overload. In-place variants (`addmm_`) share the row of the plain name."""
 
-NOT_TENSOR_CORES = frozenset({"aten::_fft_c2c", "aten::_fft_r2c", "aten::_fft_c2r", "aten::_cdist_forward", "aten::_euclidean_dist", "aten::_trilinear"})
+NOT_TENSOR_CORES = frozenset(
+    {"aten::_fft_c2c", "aten::_fft_r2c", "aten::_fft_c2r", "aten::_cdist_forward", "aten::_euclidean_dist", "aten::_trilinear"}
+)
 """Products that never run in TF32: no matrix unit takes them as they stand."""
 
 KNOWN_ZERO = frozenset(
@@ -342,31 +344,37 @@ def is_product(name: str) -> bool:
 
 
 _ZERO_TAGS = {getattr(torch.Tag, n) for n in ("pointwise", "reduction", "view_copy") if hasattr(torch.Tag, n)}
-_UNTAGGED_OK: dict[str, bool] = {}
 
 
 def is_known_zero(name: str) -> bool:
-    """Whether a schema name (`aten::add`, no overload) is known to hold no products: by table, by namespace, by PyTorch's own tags, or by being a view."""
-    cached = _UNTAGGED_OK.get(name)
-    if cached is None:
-        cached = _UNTAGGED_OK[name] = _decide_zero(name)
-    return cached
+    """Whether a traced op (`aten::add`, no overload) is known to hold no products of its own: by table, namespace, PyTorch's tags, by being a view or a composite.
+
+    A composite op only calls others, which a trace shows below it.
+    """
+    return is_zero_when_dispatched(name) or any(_is_composite(o) for o in _overloads(name) if family(name) not in PRODUCTS)
 
 
-def _decide_zero(name: str) -> bool:
+@cache
+def is_zero_when_dispatched(name: str) -> bool:
+    """The same for an op that reached the dispatcher, where composites have been taken apart: one that has not must be in a table."""
     plain = family(name)
     if plain in PRODUCTS:
         return False
     namespace, _, op = plain.partition("::")
     if plain in _ZERO_ELSEWHERE or namespace in _ZERO_NAMESPACES or (namespace == "aten" and op in KNOWN_ZERO):
         return True
-    if namespace != "aten":
-        return False
-    packet = getattr(torch.ops.aten, name.partition("::")[2], None)
-    if packet is None:
-        return False
-    overloads = [getattr(packet, o) for o in packet.overloads()]
-    return bool(overloads) and any(_ZERO_TAGS & set(o.tags) or o.is_view for o in overloads)
+    return any(_ZERO_TAGS & set(o.tags) or o.is_view for o in _overloads(name))
+
+
+@cache
+def _overloads(name: str) -> tuple[Any, ...]:
+    namespace, _, op = name.partition("::")
+    packet = getattr(torch.ops.aten, op, None) if namespace == "aten" else None
+    return tuple(getattr(packet, o) for o in packet.overloads()) if packet is not None else ()
+
+
+def _is_composite(overload: Any) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CompositeImplicitAutograd"))
 
 
 def flops_of(func: Any, bound: Args, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> float | None:
@@ -381,7 +389,7 @@ def flops_of(func: Any, bound: Args, args: tuple[Any, ...], kwargs: Mapping[str,
     formula = PRODUCTS.get(family(name))
     if formula is not None:
         tensors = [t for t in bound.values() if isinstance(t, torch.Tensor)]
-        if any(t.layout not in (torch.strided, torch._mkldnn) for t in tensors):
+        if any(str(t.layout) not in ("torch.strided", "torch._mkldnn") for t in tensors):
             return None  # products of sparse tensors depend on data
         flops = formula(bound, out)
         is_complex = flops is not None and len(tensors) > 1 and all(t.is_complex() for t in tensors)
@@ -389,7 +397,7 @@ def flops_of(func: Any, bound: Args, args: tuple[Any, ...], kwargs: Mapping[str,
     registered = flop_registry.get(func._overloadpacket)
     if registered is not None:
         return float(registered(*args, **kwargs, out_val=out))
-    return 0.0 if is_known_zero(name) else None
+    return 0.0 if is_zero_when_dispatched(name) else None
 
 
 def flops_from_shapes(name: str, shapes: tuple[tuple[int, ...], ...]) -> float | None:

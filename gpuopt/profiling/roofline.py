@@ -80,7 +80,9 @@ def link_of(record: OpRecord) -> str | None:
     return None
 
 
-def points(records: Iterable[OpRecord], ceilings: Ceilings, *, cache_bytes: int | None, kind: str = "measured", slack: float = SLACK) -> tuple[RooflinePoint, ...]:
+def points(
+    records: Iterable[OpRecord], ceilings: Ceilings, *, cache_bytes: int | None, kind: str = "measured", slack: float = SLACK
+) -> tuple[RooflinePoint, ...]:
     """One point a record, in the records' order.
 
     Parameters
@@ -118,7 +120,7 @@ def _point(record: OpRecord, ceilings: Ceilings, cache_bytes: int | None, kind: 
 
 
 def _check(record: OpRecord, ceilings: Ceilings, cache_bytes: int | None, slack: float) -> str:
-    """"" , or why the record may lie above a measured ceiling. Raises where nothing explains it."""
+    """ "" , or why the record may lie above a measured ceiling. Raises where nothing explains it."""
     assert record.time_ns is not None
     where = f"{record.op} in {record.module or 'the root'} ({record.count} calls, {record.shapes or 'shapes unknown'})"
     notes = []

@@ -50,7 +50,8 @@ def record(call: Callable[[], Any], device: str, *, steps: int = 3, warmup: int 
     with tempfile.TemporaryDirectory(prefix="gpuopt-trace-") as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        data = json.loads(path.read_bytes())
+        # Names come from user code and drivers: Kineto does not promise that they are clean UTF-8 without control characters.
+        data = json.loads(path.read_text(encoding="utf-8", errors="replace"), strict=False)
     trace = from_chrome(data, device=device)
     if is_cuda and not trace.on_device:
         raise Unavailable(

@@ -54,7 +54,10 @@ def _on_device(trace: Trace, wall_ns: float, ceilings: Ceilings, rows: list[OpRe
     steps = len(trace.steps)
     kernels: list[tuple[int, int]] = [(k.start_ns, k.start_ns + k.dur_ns) for k in trace.kernels if k.step is not None]
     kernels += [(c.start_ns, c.start_ns + c.dur_ns) for c in trace.copies if c.step is not None and c.kind not in ("h2d", "d2h")]
-    links = {kind: [(c.start_ns, c.start_ns + c.dur_ns) for c in trace.copies if c.step is not None and c.kind == kind] for kind in ("h2d", "d2h")}
+    links = {
+        kind: [(c.start_ns, c.start_ns + c.dur_ns) for c in trace.copies if c.step is not None and c.kind == kind]
+        for kind in ("h2d", "d2h")
+    }
     # Earlier in this list hides later: a copy under a kernel costs nothing.
     layers = _exclusive([kernels, links["h2d"], links["d2h"], _waits(trace, "h2d"), _waits(trace, "d2h")])
     kernel_ns, h2d_ns, d2h_ns, h2d_wait_ns, d2h_wait_ns = (length / steps for length in layers)
@@ -85,7 +88,9 @@ def _on_device(trace: Trace, wall_ns: float, ceilings: Ceilings, rows: list[OpRe
         # Kernels ran slower in the trace than in the timed loop (clocks), or timed calls overlapped: shrink, and say by how much.
         scale = wall_ns / busy_ns if busy_ns else 0.0
         parts = {name: ns * scale for name, ns in parts.items()}
-        method += f"; kernel times scaled by {scale:.3f}: the traced device was busy {busy_ns / 1e6:.4g} ms of a {wall_ns / 1e6:.4g} ms wall"
+        method += (
+            f"; kernel times scaled by {scale:.3f}: the traced device was busy {busy_ns / 1e6:.4g} ms of a {wall_ns / 1e6:.4g} ms wall"
+        )
     num_kernels = sum(1 for k in trace.kernels if k.step is not None) / steps
     pageable = sum(c.bytes for c in trace.copies if c.step is not None and c.memory == "pageable") / steps
     details = {
@@ -109,7 +114,13 @@ def _waits(trace: Trace, kind: str) -> list[tuple[int, int]]:
 
 def _exclusive(layers: list[list[tuple[int, int]]]) -> list[int]:
     """Length of time in which each layer is the first active one, by one sweep over all ends."""
-    edges = sorted((time, delta, layer) for layer, spans in enumerate(layers) for start, end in spans if end > start for time, delta in ((start, 1), (end, -1)))
+    edges = sorted(
+        (time, delta, layer)
+        for layer, spans in enumerate(layers)
+        for start, end in spans
+        if end > start
+        for time, delta in ((start, 1), (end, -1))
+    )
     active = [0] * len(layers)
     lengths = [0] * len(layers)
     last = 0
@@ -140,7 +151,9 @@ def _on_host(trace: Trace, wall_ns: float, ceilings: Ceilings, rows: list[OpReco
         scale = wall_ns / work_ns
         method += f"; op times scaled by {scale:.3f} to the untraced wall"
     working = 1.0 - shares.get("overhead", 0.0)
-    parts = {name: work_ns * scale * shares.get(name, 0.0) / working if working else 0.0 for name in ("compute-bound", "memory-bound", "other")}
+    parts = {
+        name: work_ns * scale * shares.get(name, 0.0) / working if working else 0.0 for name in ("compute-bound", "memory-bound", "other")
+    }
     parts["launch gaps"] = gaps_ns
     details = {"launch gaps": "python and framework"}
     return _assemble(wall_ns / 1e6, {n: ns / 1e6 for n, ns in parts.items()}, details, method)

@@ -12,3 +12,6 @@ FORMATS = {
     "github": "gpuopt.reports.github:render",
     "csv": "gpuopt.reports.csv:render",
 }
+
+WITH_VIEW = frozenset({"console", "markdown", "html"})
+"""Formats for people: they show a choice of the report, which a View sets."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from rich.box import Box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -44,11 +45,30 @@ def render(report: Report, view: View | None = None) -> RenderableType:
 
 def text(report: Report, view: View | None = None, *, width: int = TEXT_WIDTH) -> str:
     """The same without colours."""
+    lines = _print(report, view, width, None).splitlines()
+    return "".join(line.rstrip() + "\n" for line in lines)
+
+
+def coloured(report: Report, view: View | None = None, *, width: int) -> str:
+    """The same with escape codes of the terminal's own sixteen colours."""
+    return _print(report, view, width, "standard")
+
+
+def _print(report: Report, view: View | None, width: int, colours: Literal["standard"] | None) -> str:
     out = io.StringIO()
-    Console(file=out, width=width, color_system=None, force_terminal=False, highlight=False, markup=False, emoji=False).print(
-        render(report, view)
+    # An empty environment: NO_COLOR, TERM and COLUMNS were judged by the caller, for the stream it goes to.
+    console = Console(
+        file=out,
+        width=width,
+        color_system=colours,
+        force_terminal=colours is not None,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        _environ={},
     )
-    return "".join(line.rstrip() + "\n" for line in out.getvalue().splitlines())
+    console.print(render(report, view))
+    return out.getvalue()
 
 
 class _Page:
@@ -57,15 +77,18 @@ class _Page:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         shown = self.shown
-        if shown.headline:
-            yield Group(*(_message(item) for item in shown.headline))
         for block in shown.blocks:
             renderable = _block(block)
             if renderable is not None:
-                yield Text("")
                 yield renderable
-        yield Text("")
+                yield Text("")
         yield Text(shown.footer, style="bright_black")
+        if shown.headline:  # last: it stays in sight above the prompt
+            yield Text("")
+            yield Group(*(_message(item) for item in shown.headline))
+        for steps in shown.next:
+            yield Text("")
+            yield _steps(steps)
 
 
 def _block(block: Block) -> RenderableType | None:
@@ -150,6 +173,10 @@ class _Fitted:
         self.table = table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if not self.table.rows:
+            yield _title(self.table.title, self.table.beside)
+            yield from _notes(self.table.notes)
+            return
         kept = _fit(self.table, options.max_width)
         rich_table = RichTable(
             box=_RULE,

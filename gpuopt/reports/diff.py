@@ -1,8 +1,8 @@
-"""Report × Report -> a verdict for each run both have. Pure.
+"""Report × Report -> a verdict for each run both have. Pure, but for reading a baseline's file.
 
-Two reports were taken apart in time, so each figure's own interval is used, and a threshold of practical importance beside it.
-A change is `slower` when its whole interval lies above the threshold, `inconclusive` when the interval straddles it, and never guessed where the
-figures cannot be compared: another device, another clock, too few samples. Runs interleaved in one `gpuopt bench` give narrower answers.
+Two reports were taken apart in time, where clocks, heat and neighbours move a median by more than its own interval says. A change is `slower` when it is
+beyond the threshold by more than that can explain, `inconclusive` when it might be, and never guessed where the figures cannot be compared: another device,
+another clock, too few samples. Runs interleaved in one `gpuopt bench` give narrower answers.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from gpuopt.core import codec
 from gpuopt.core.result import SCHEMA_VERSION, Device, Finding, GateResult, Report, Run, Stats, Status
+from gpuopt.core.spec import Gates
+from gpuopt.core.stats import slowdown_vs_baseline
 
 DEFAULT_THRESHOLD = 0.05
-"""Relative. Two sessions on one machine differ by a few percent (clocks, placement) however narrow each interval is."""
+"""Relative slowdown that matters, where nobody says otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +121,16 @@ def report(
     )
 
 
+def against_baseline(found: Report, limits: Gates) -> Report:
+    """A fresh report, with the gates and the table that `--baseline` asks for; the same report where it does not. Raises BadInput."""
+    if limits.baseline is None:
+        return found
+    threshold = DEFAULT_THRESHOLD if limits.max_slowdown is None else limits.max_slowdown
+    rows = compare(codec.read_json(Report, Path(limits.baseline)), found, threshold=threshold)
+    judged = gates(rows, threshold=threshold, allow_inconclusive=limits.allow_inconclusive)
+    return replace(found, gates=(*found.gates, *judged), tables={**found.tables, "compare": [_plain(row) for row in rows]})
+
+
 def _plain(row: Comparison) -> dict[str, object]:
     return {
         name: getattr(row, name) for name in ("run", "verdict", "reason", "before_ms", "after_ms", "change", "change_low", "change_high")
@@ -154,7 +168,7 @@ def _pair(before: Run, after: Run, doubt: str, threshold: float) -> Comparison:
 
 
 def _judge(row: Comparison, before: Stats, after: Stats, threshold: float) -> Comparison:
-    """Medians and their intervals -> a verdict, in logarithms, where a ratio is a difference."""
+    """Medians and their intervals -> a verdict. What sessions apart do to a median is core.stats' to know; that an interval is too wide is judged here."""
     if before.median <= 0 or after.median <= 0:
         return replace(row, reason="a median is not above zero")
     centre = math.log(after.median / before.median)
@@ -163,17 +177,15 @@ def _judge(row: Comparison, before: Stats, after: Stats, threshold: float) -> Co
     if widths[0] is None or widths[1] is None:
         return replace(row, reason="too few samples for an interval")
     half = math.hypot(widths[0], widths[1])
-    low, high = math.expm1(centre - half), math.expm1(centre + half)
-    row = replace(row, change_low=low, change_high=high)
-    if low > threshold:
-        return replace(row, verdict="slower")
-    if high > threshold:
+    row = replace(row, change_low=math.expm1(centre - half), change_high=math.expm1(centre + half))
+    found = slowdown_vs_baseline(before, after, max_slowdown=threshold)
+    if found.verdict in ("slower", "inconclusive"):
+        return replace(row, verdict=found.verdict, reason=found.reason)
+    if math.expm1(centre + half) > threshold:
         return replace(
             row, reason=f"the interval reaches past {threshold * 100:.3g}%: measure longer (--min-time), or interleave both in one bench"
         )
-    if high < 0 and row.change is not None and row.change < -threshold:
-        return replace(row, verdict="faster")
-    return replace(row, verdict="same")
+    return replace(row, verdict=found.verdict)
 
 
 def _half_width(stats: Stats) -> float | None:

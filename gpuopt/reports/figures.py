@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections.abc import Iterable
 
 MISSING = "—"
 
@@ -75,8 +76,14 @@ def rate(value: float | None) -> str:
 
 
 def tflops(value: float | None) -> str:
-    """TFLOP/s, without the unit: `311`, `0.0421`."""
-    return MISSING if value is None else digits(value)
+    """TFLOP/s -> with the prefix that suits: `311 TFLOP/s`, `514 MFLOP/s`."""
+    return MISSING if value is None else si(value * 1e12, "FLOP/s")
+
+
+def tflops_column(values: Iterable[float | None]) -> tuple[str, float]:
+    """TFLOP/s of a column -> (its title, what to multiply by): one unit for all of them, so that they compare."""
+    top = max((v for v in values if v is not None), default=1.0)
+    return ("TFLOP/s", 1.0) if top >= 1 else ("GFLOP/s", 1e3) if top >= 1e-3 else ("MFLOP/s", 1e6)
 
 
 def ceiling(value: float, unit: str) -> str:

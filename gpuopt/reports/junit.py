@@ -9,7 +9,6 @@ from __future__ import annotations
 from xml.sax.saxutils import escape, quoteattr
 
 from gpuopt.core.result import Report, Run, Status
-from gpuopt.reports import figures as f
 from gpuopt.reports.content.naming import run_label
 from gpuopt.reports.figures import clean
 
@@ -42,13 +41,10 @@ def _run(run: Run) -> str:
     time = f' time="{run.latency_ms.median / 1e3:.9f}"' if run.latency_ms else ""
     head = f"    <testcase classname={_attribute(f'gpuopt.{run.model}')} name={_attribute(run_label(run, model=False))}{time}"
     inside = []
-    figures = {
-        "samples_per_s": f.rate(run.samples_per_s) if run.samples_per_s is not None else None,
-        "tflops": f.tflops(run.tflops) if run.tflops is not None else None,
-        "pct_of_measured": f.percent(run.pct_of_measured) if run.pct_of_measured is not None else None,
-        "peak_bytes": str(run.peak_bytes) if run.peak_bytes is not None else None,
-    }
-    known = [f"<property name={_attribute(name)} value={_attribute(value)}/>" for name, value in figures.items() if value is not None]
+    figures = {name: getattr(run, name) for name in ("samples_per_s", "tflops", "pct_of_measured", "peak_bytes")}
+    known = [
+        f"<property name={_attribute(name)} value={_attribute(f'{value:.10g}')}/>" for name, value in figures.items() if value is not None
+    ]
     if known:
         inside.append("      <properties>" + "".join(known) + "</properties>")
     if run.status != Status.OK:

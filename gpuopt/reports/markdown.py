@@ -17,7 +17,7 @@ def render(report: Report, view: View | None = None) -> str:
     shown = page(report, view)
     lines = [f"### {escape(shown.title)}", ""]
     lines += [line for message in shown.headline for line in _message(message)]
-    for block in shown.blocks:
+    for block in (*shown.blocks, *shown.next):
         lines += ["", *_block(block)]
     if shown.subtitle:
         lines += ["", f"Made by {code(shown.subtitle)}"]
@@ -74,6 +74,8 @@ def _table(table: Table) -> list[str]:
     rule = "|" + "|".join("--:" if column.right else "---" for column in table.columns) + "|"
     rows = ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in table.rows]
     beside = f" ({escape(table.beside)})" if table.beside else ""
+    if not table.rows:
+        return [f"**{escape(table.title)}**{beside}", *_notes(table.notes)]
     return [f"**{escape(table.title)}**{beside}", "", head, rule, *rows, *_notes(table.notes)]
 
 

@@ -17,18 +17,18 @@ def page(report: Report, view: View | None = None) -> Page:
     blocks: list[Block] = []
     blocks += machine.build(report)
     blocks += tables.build(report)
-    blocks += speed.build(report, ceilings, name)
     for run in detailed:
         blocks += breakdown.build(run, ceilings, view, name(run) if len(detailed) > 1 else "")
+    blocks += speed.build(report, ceilings, name)
     blocks += proof.build(report, name)
     blocks += verdicts.gates(report)
     blocks += verdicts.findings(report)
-    blocks += steps.build(report, ceilings)
     return Page(
         title=clean(f"gpuopt {report.verb}"),
         subtitle=clean(report.command, 1000),
         headline=headline.build(report, ceilings, name),
         blocks=tuple(blocks),
+        next=tuple(steps.build(report, ceilings)),
         footer=_footer(report),
     )
 

@@ -39,8 +39,8 @@ def block(call: Call, clock: Clock, spec: BenchSpec) -> Samples:
 
     Raises Unavailable when the clock cannot see the call pass.
     """
-    with _no_gc():
-        pilot = _pilot(call, clock)
+    with _no_gc(collect=False):
+        pilot = _pilot(call, clock, spec.block_ms * 1e6)
         inner = _inner(pilot, clock)
         taken, _ = _block(call, clock, _typical(pilot), spec.block_ms * 1e6, spec.min_iterations, inner)
     return _finish(taken, pilot, inner)
@@ -56,7 +56,7 @@ def measure(call: Call, clock: Clock, spec: BenchSpec, progress: Callable[[float
     min_ns, max_ns = spec.min_time_s * 1e9, spec.max_time_s * 1e9
     with _no_gc():
         warmup, steady = _warm_up(call, clock, spec)
-        pilot = _pilot(call, clock)
+        pilot = _pilot(call, clock, spec.block_ms * 1e6)
         inner = _inner(pilot, clock)
         per_call = _typical(pilot)
         taken, measured = Samples(), 0
@@ -114,8 +114,10 @@ def _block(call: Call, clock: Clock, per_call_ns: float, block_ns: float, min_it
     return Samples(samples_ns=samples, wall_ns=wall_ns // inner, clock=clock.name, block_sizes=(len(samples),)), wall_ns
 
 
-def _pilot(call: Call, clock: Clock) -> tuple[int, ...]:
-    return clock.time_calls(call, PILOT_CALLS)[0]
+def _pilot(call: Call, clock: Clock, block_ns: float) -> tuple[int, ...]:
+    """One call that fills a block by itself is pilot enough."""
+    first, wall_ns = clock.time_calls(call, 1)
+    return first if wall_ns >= block_ns else first + clock.time_calls(call, PILOT_CALLS - 1)[0]
 
 
 def _typical(samples_ns: tuple[int, ...]) -> float:
@@ -144,10 +146,14 @@ def _ignore(share: float) -> None:
 
 
 @contextmanager
-def _no_gc() -> Iterator[None]:
-    """A collection in a timed loop is noise of ours: collect before, keep it off within, restore what was found."""
+def _no_gc(*, collect: bool = True) -> Iterator[None]:
+    """A collection in a timed loop is noise of ours: collect before, keep it off within, restore what was found.
+
+    Not before each block of a pair: with torch loaded a collection takes longer than the block, and cools down what it is to measure.
+    """
     was_enabled = gc.isenabled()
-    gc.collect()
+    if collect:
+        gc.collect()
     gc.disable()
     try:
         yield

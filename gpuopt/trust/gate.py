@@ -32,7 +32,8 @@ MAX_EXPANDED_BYTES = 64 * 2**20
 MIN_TORCH = (2, 10)
 """First release with the fixes of CVE-2026-24747 (heap corruption inside weights_only)."""
 _LOAD_SLACK_BYTES = 4 * 2**30
-_SAFE_ATTENTION = frozenset({None, "eager", "sdpa", "flex_attention"})
+SAFE_ATTENTION = frozenset({None, "eager", "sdpa", "flex_attention"})
+"""Attention of transformers that is its own code; for any other name it may fetch a kernel from its hub and run it."""
 _AGAIN = "copy or download the file again, and compare its sha256 with the source"
 
 
@@ -191,10 +192,23 @@ def _refuse_hub_kernels(path: Path, item: Any, state: Mapping[str, Any]) -> None
     for key in ("_attn_implementation_internal", "_attn_implementation", "attn_implementation"):
         value = state.get(key)
         values = value.values() if isinstance(value, Mapping) else (value,)
-        if any(not isinstance(v, (str, type(None))) or v not in _SAFE_ATTENTION for v in values):
+        if any(not isinstance(v, (str, type(None))) or v not in SAFE_ATTENTION for v in values):
             raise Untrusted(f"{path.name}: {type(item).__name__} asks for the attention kernel {printable(str(value))!r}", fix=fix)
     if state.get("_use_kernels") or state.get("fusion_config") or state.get("kernel_config"):
         raise Untrusted(f"{path.name}: {type(item).__name__} asks for kernels from a hub", fix=fix)
+
+
+def check_safetensors(path: Path | str) -> None:
+    """Header checks alone, for a file that another library reads. Raises BadInput."""
+    path = Path(path)
+    _require_format(path, Format.SAFETENSORS)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu"):
+            pass
+    except (SafetensorError, ValueError, OSError) as error:
+        raise BadInput(f"{path.name} is a damaged safetensors file: {printable(str(error))}", fix=_AGAIN) from error
 
 
 def load_safetensors(path: Path | str) -> dict[str, torch.Tensor]:
@@ -713,9 +727,11 @@ def _kind(value: Any) -> str:
 
 
 __all__ = [
+    "SAFE_ATTENTION",
     "aoti_metadata",
     "check_loaded",
     "check_onnx",
+    "check_safetensors",
     "copy_onnx",
     "deserialize_engine",
     "inspect_checkpoint",

@@ -307,7 +307,7 @@ def judge(found: Scan) -> Verdict:
             continue
         admission = admit(name)
         if admission.thing is None:
-            refused[f"{name}: {admission.reason}"] = None
+            refused[f"{name} {admission.reason}"] = None
         elif use not in admission.uses:
             refused[f"{name} is {use}, which no saved module does"] = None
         else:
@@ -415,14 +415,14 @@ def _qualified(arg: str, problems: dict[str, None]) -> str:
 
 
 def _renamed(module: str, name: str) -> tuple[str, str]:
-    """Python 2 names, renamed as torch's unpickler does."""
+    """Python 2 names, renamed by the tables of torch's unpickler; what it does not rename stays, and is then no admitted name."""
     from torch import _utils
 
-    if (module, name) in _utils.NAME_MAPPING:
-        module, name = _utils.NAME_MAPPING[(module, name)]
-    elif module in _utils.IMPORT_MAPPING:
-        module = _utils.IMPORT_MAPPING[module]
-    return module, name
+    names: dict[tuple[str, str], tuple[str, str]] = getattr(_utils, "NAME_MAPPING", {})
+    modules: dict[str, str] = getattr(_utils, "IMPORT_MAPPING", {})
+    if (module, name) in names:
+        return names[(module, name)]
+    return modules.get(module, module), name
 
 
 def _named(file: IO[bytes]) -> set[str]:

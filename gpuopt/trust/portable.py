@@ -118,6 +118,17 @@ def plain(value: Any) -> Any:
     return tuple(plain(v) for v in leaves)
 
 
+def copied(value: Any) -> Any:
+    """Plain containers with every tensor cloned: what a CUDA graph returned is overwritten by its next replay."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {k: copied(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copied(v) for v in value)
+    return value
+
+
 def _wrap(module: torch.nn.Module, names: Sequence[str], positional: int) -> torch.nn.Module:
     """The module with plain outputs and exactly the inputs it is called with, under their own names."""
 

@@ -28,7 +28,9 @@ REPORT = Report(
 )
 
 
-@pytest.mark.parametrize("value", [CANDIDATE, REPORT, Job(verb="bench", candidates=(CANDIDATE,)), Samples(samples_ns=(5,)), TensorSpec.parse("x:fp32[N,3]")])
+@pytest.mark.parametrize(
+    "value", [CANDIDATE, REPORT, Job(verb="bench", candidates=(CANDIDATE,)), Samples(samples_ns=(5,)), TensorSpec.parse("x:fp32[N,3]")]
+)
 def test_a_value_survives_json(value: object) -> None:
     assert codec.from_json(type(value), codec.to_json(value)) == value
     assert codec.from_plain(type(value), codec.dump(value)) == value

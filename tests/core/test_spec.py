@@ -28,7 +28,21 @@ def test_a_tensor_spec_has_a_name_a_dtype_and_free_dimensions() -> None:
     assert TensorSpec.parse("long[0]").shape == (0,)
 
 
-@pytest.mark.parametrize("text", ["", "x", "x:float32", "float32[N", "x:float33[1]", "x:float32[-1]", "x:float32[1.5]", "x:float32[1;2]", "x:float32[1][2]", "x y:float32[1]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x",
+        "x:float32",
+        "float32[N",
+        "x:float33[1]",
+        "x:float32[-1]",
+        "x:float32[1.5]",
+        "x:float32[1;2]",
+        "x:float32[1][2]",
+        "x y:float32[1]",
+    ],
+)
 def test_a_malformed_tensor_spec_is_refused(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         TensorSpec.parse(text)

@@ -19,7 +19,10 @@ def test_a_percentile_needs_as_many_samples_as_loadgen_wants() -> None:
     assert [stats.required_for_percentile(p) for p in (90, 95, 99)] == [44, 90, 459]
 
 
-@pytest.mark.parametrize(("count", "known"), [(43, ()), (44, ("p90",)), (89, ("p90",)), (90, ("p90", "p95")), (458, ("p90", "p95")), (459, ("p90", "p95", "p99"))])
+@pytest.mark.parametrize(
+    ("count", "known"),
+    [(43, ()), (44, ("p90",)), (89, ("p90",)), (90, ("p90", "p95")), (458, ("p90", "p95")), (459, ("p90", "p95", "p99"))],
+)
 def test_percentiles_appear_exactly_where_the_count_supports_them(count: int, known: tuple[str, ...]) -> None:
     found = stats.summarize(range(1_000_000, 1_000_000 + count))
     assert tuple(name for name in ("p90", "p95", "p99") if getattr(found, name) is not None) == known
@@ -87,7 +90,9 @@ def test_a_coarse_clock_does_not_make_every_other_sample_an_outlier() -> None:
     assert stats.count_outliers([1000] * 99 + [90_000]) == 1
 
 
-def machine(rng: random.Random, factor: float, drift: float, *, blocks: int = 20, iterations: int = 20) -> tuple[list[list[int]], list[list[int]]]:
+def machine(
+    rng: random.Random, factor: float, drift: float, *, blocks: int = 20, iterations: int = 20
+) -> tuple[list[list[int]], list[list[int]]]:
     """Blocks of A and B (B takes `factor` of A's time) on a machine with 1% jitter, 2% spikes and a slow AR(1) state of sd `drift`."""
     state, sides = 0.0, ([], [])
     rho = 0.95
@@ -164,7 +169,15 @@ def stored(milliseconds: float, spread: float = 0.01) -> Stats:
 
 @pytest.mark.parametrize(
     ("now", "limit", "verdict"),
-    [(10.0, 0.05, "same"), (10.4, 0.05, "same"), (10.7, 0.05, "inconclusive"), (12.0, 0.05, "slower"), (12.0, 0.25, "same"), (8.0, 0.05, "faster"), (9.6, 0.05, "same")],
+    [
+        (10.0, 0.05, "same"),
+        (10.4, 0.05, "same"),
+        (10.7, 0.05, "inconclusive"),
+        (12.0, 0.05, "slower"),
+        (12.0, 0.25, "same"),
+        (8.0, 0.05, "faster"),
+        (9.6, 0.05, "same"),
+    ],
 )
 def test_a_stored_baseline_supports_a_wide_threshold_alone(now: float, limit: float, verdict: str) -> None:
     found = stats.slowdown_vs_baseline(stored(10.0), stored(now), limit)

@@ -14,7 +14,18 @@ from gpuopt.core.errors import UsageError
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("10ms", 0.01), ("1.5s", 1.5), ("2", 2.0), ("2min", 120.0), ("250 us", 250e-6), ("3µs", 3e-6), ("5ns", 5e-9), ("1h", 3600.0), ("1e-3s", 1e-3), (" 7 MS ", 7e-3)],
+    [
+        ("10ms", 0.01),
+        ("1.5s", 1.5),
+        ("2", 2.0),
+        ("2min", 120.0),
+        ("250 us", 250e-6),
+        ("3µs", 3e-6),
+        ("5ns", 5e-9),
+        ("1h", 3600.0),
+        ("1e-3s", 1e-3),
+        (" 7 MS ", 7e-3),
+    ],
 )
 def test_seconds_are_parsed(text: str, seconds: float) -> None:
     assert units.parse_seconds(text) == pytest.approx(seconds)
@@ -24,7 +35,10 @@ def test_a_bare_number_takes_the_callers_unit() -> None:
     assert units.parse_seconds("10", default="ms") == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize(("text", "num_bytes"), [("8GiB", 8 << 30), ("8GB", 8 * 10**9), ("512 MB", 512 * 10**6), ("1024", 1024), ("1.5KiB", 1536), ("8gib", 8 << 30), ("0B", 0)])
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("8GiB", 8 << 30), ("8GB", 8 * 10**9), ("512 MB", 512 * 10**6), ("1024", 1024), ("1.5KiB", 1536), ("8gib", 8 << 30), ("0B", 0)],
+)
 def test_bytes_are_parsed(text: str, num_bytes: int) -> None:
     assert units.parse_bytes(text) == num_bytes
 
@@ -35,7 +49,9 @@ def test_a_share_of_memory_needs_a_total() -> None:
         units.parse_bytes("50%")
 
 
-@pytest.mark.parametrize(("text", "flops"), [("300TFLOP/s", 3e14), ("300 Tflops", 3e14), ("1.2P", 1.2e15), ("5e12", 5e12), ("80 GFLOPs", 8e10)])
+@pytest.mark.parametrize(
+    ("text", "flops"), [("300TFLOP/s", 3e14), ("300 Tflops", 3e14), ("1.2P", 1.2e15), ("5e12", 5e12), ("80 GFLOPs", 8e10)]
+)
 def test_flops_are_parsed(text: str, flops: float) -> None:
     assert units.parse_flops(text) == pytest.approx(flops)
 

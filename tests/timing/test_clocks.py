@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import time
+from statistics import median
 from typing import Any
 
 import pytest
@@ -15,14 +15,14 @@ from gpuopt.timing import clocks
 
 def test_each_device_has_its_clock_and_always_the_same_one() -> None:
     assert isinstance(clocks.for_device("cpu"), clocks.WallClock)
-    assert isinstance(clocks.for_device("null"), clocks.NullClock)
+    assert isinstance(clocks.for_device("null"), clocks.WallClock)
     assert clocks.for_device("cpu") is clocks.for_device("cpu")
     with pytest.raises(UsageError, match="tpu"):
         clocks.for_device("tpu")
 
 
 @pytest.mark.parametrize(("n", "inner"), [(1, 1), (7, 1), (5, 3)])
-@pytest.mark.parametrize("clock", [clocks.WallClock(), clocks.NullClock(), clocks.FakeClock([100, 200])])
+@pytest.mark.parametrize("clock", [clocks.WallClock(), clocks.FakeClock([100, 200])])
 def test_a_clock_makes_exactly_the_calls_asked_for(clock: clocks.Clock, n: int, inner: int) -> None:
     calls: list[int] = []
     samples, wall_ns = clock.time_calls(lambda: calls.append(1), n, inner)
@@ -46,21 +46,6 @@ def test_a_fake_clock_follows_its_script_over_and_over() -> None:
     assert clock.time_calls(lambda: None, 4) == ((10, 20, 30, 10), 70)
     assert clock.time_calls(lambda: None, 2, 2) == ((25, 15), 80)
     assert clock.num_calls == 8
-
-
-class Fake:
-    fake_ns = 5_000_000
-
-    def __call__(self, *args: Any) -> None:
-        pass
-
-
-def test_the_null_clock_is_exact_where_the_runner_says_its_time() -> None:
-    clock = clocks.NullClock()
-    assert clock.time_calls(Fake(), 3, 2) == ((5_000_000,) * 3, 30_000_000)
-    assert clock.time_calls(functools.partial(Fake(), 1), 1) == ((5_000_000,), 5_000_000)
-    slept, _ = clock.time_calls(lambda: time.sleep(0.002), 1)
-    assert slept[0] > 1.9e6
 
 
 class FakeCuda:
@@ -133,21 +118,16 @@ def test_the_cuda_clock_makes_and_warms_events_outside_the_timed_loop_and_keeps_
 
 
 def test_the_timed_loop_adds_under_one_percent_to_a_millisecond_on_the_host() -> None:
-    def busy() -> None:
-        end = time.perf_counter_ns() + 1_000_000
-        while time.perf_counter_ns() < end:
-            pass
-
-    assert clocks.overhead(busy, clocks.WallClock(), n=40) < 0.01
+    """Rounds of microseconds, so that on a busy machine some of them run undisturbed."""
+    assert clocks.overhead_ns(lambda: None, clocks.WallClock(), n=50, rounds=100) < 0.01 * 1e6
 
 
 @pytest.mark.gpu
-def test_the_timed_loop_adds_under_one_percent_over_a_bare_event_loop_on_a_gpu() -> None:
+def test_the_timed_loop_adds_under_one_percent_over_a_bare_loop_on_a_gpu() -> None:
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.float16)
     clock = clocks.CudaClock("cuda")
-    for _ in range(50):
-        a @ a
-    assert clocks.overhead(lambda: a @ a, clock, n=200) < 0.01
+    samples, _ = clock.time_calls(lambda: a @ a, 200)
+    assert clocks.overhead_ns(lambda: a @ a, clock, n=200) < 0.01 * median(samples)
 
 
 @pytest.mark.gpu

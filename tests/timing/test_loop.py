@@ -71,7 +71,7 @@ def test_a_block_lasts_50_ms_and_ten_calls(call_ns: int, expected: int) -> None:
     assert expected <= len(found.samples_ns) <= expected * 1.05
     assert found.block_sizes == (len(found.samples_ns),)
     assert found.wall_ns == sum(found.samples_ns) >= 50 * MS
-    assert len(found.warmup_ns) == loop.PILOT_CALLS
+    assert len(found.warmup_ns) == (loop.PILOT_CALLS if call_ns < 50 * MS else 1)
 
 
 def test_a_block_is_long_enough_even_when_its_pilot_was_slow() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,30 +95,33 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> Runner:
     precision = Precision(options["precision"]) if options.get("precision") else None
     target = _target(flavour, chosen.get("compute_capability"), None if reason else capability)
     gate.check_onnx(model.path)
-    parsed = parse(model.path, flavour)
-    engine = build_engine(
-        parsed,
-        profile_of(parsed, *_shapes(parsed.network, inputs), options.get("dynamic") or {}),
-        BuildSettings(
-            precision=precision,
-            compute_capability=target,
-            optimization_level=chosen.get("optimization_level"),
-            workspace_bytes=chosen.get("workspace_bytes"),
-            hardware_compatibility=chosen.get("hardware_compatibility", "none"),
-            version_compatible=bool(chosen.get("version_compatible", False)),
-            timing_cache=_timing_cache(flavour, device, capability) if chosen.get("timing_cache", True) else None,
-        ),
-        layer_flops=options.get("layer_flops"),
-    )
+    with torch.cuda.device(device) if capability else contextlib.nullcontext():  # plain TensorRT builds for the current GPU
+        parsed = parse(model.path, flavour)
+        engine = build_engine(
+            parsed,
+            profile_of(parsed, *_shapes(parsed.network, inputs), options.get("dynamic") or {}),
+            BuildSettings(
+                precision=precision,
+                compute_capability=target,
+                optimization_level=chosen.get("optimization_level"),
+                workspace_bytes=chosen.get("workspace_bytes"),
+                hardware_compatibility=chosen.get("hardware_compatibility", "none"),
+                version_compatible=bool(chosen.get("version_compatible", False)),
+                timing_cache=_timing_cache(flavour, device, capability) if chosen.get("timing_cache", True) else None,
+            ),
+            layer_flops=options.get("layer_flops"),
+        )
     facts = _facts(flavour, engine, chosen, capability, device)
     if options.get("build_only") or reason:
         return BuiltEngine(engine, facts, model.path, reason or "--build-only was asked for")
-    return EngineRunner(engine.plan, facts, flavour, model.path, device, built=engine)
+    return EngineRunner(engine.plan, facts, flavour, model.path, _numbered(device), built=engine)
 
 
 def load(folder: Path, files: Mapping[str, str], options: Mapping[str, Any], device: str) -> Runner:
     """Runner from the files `save` wrote. Versions and GPU are compared before the engine is deserialised. Raises Unavailable naming both sides, BadInput."""
     facts = read_facts(folder / files["facts"])
+    if facts.flavour not in flavours.MODULES:
+        raise BadInput(f"{folder.name} names the unknown TensorRT flavour {facts.flavour!r}", fix="compile the bundle again")
     flavour = flavours.find(facts.flavour)
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") and torch.cuda.is_available() else None
     reason = mismatch(facts, flavour, _capability(device), name)
@@ -131,7 +135,7 @@ def load(folder: Path, files: Mapping[str, str], options: Mapping[str, Any], dev
         plan = (folder / files["engine"]).read_bytes()
     except OSError as error:
         raise BadInput(f"the engine in {folder.name} cannot be read: {error.strerror}", fix="copy the bundle again") from error
-    return EngineRunner(plan, facts, flavour, folder / files["onnx"], device)
+    return EngineRunner(plan, facts, flavour, folder / files["onnx"], _numbered(device))
 
 
 def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,6 +157,11 @@ def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
 def _device(inputs: Inputs, options: Mapping[str, Any]) -> str:
     given = [t for t in (*inputs.args, *inputs.kwargs.values()) if isinstance(t, torch.Tensor)]
     return str(options.get("device") or (given[0].device if given else "cpu"))
+
+
+def _numbered(device: str) -> str:
+    """`cuda` -> `cuda:0`, as tensors say it."""
+    return f"cuda:{torch.device(device).index or 0}"
 
 
 def _capability(device: str) -> str | None:

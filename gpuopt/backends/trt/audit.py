@@ -295,8 +295,11 @@ def audit_layers(
     for layer in layers:
         tally.add_counted(layer.kind, layer.dtype, layer.flops, f"{layer.name} ({layer.op.lower()})")
     audit = tally.audit(requested.value if requested else None, method)
-    # Layers that compute and could not be weighed prove nothing, whatever the few that could be are.
-    return replace(audit, honoured=False) if requested and layers and not total else audit
+    if requested is None:
+        return audit
+    # A layer that cannot be weighed still says what it computes in: one in another dtype may be most of the work.
+    wanted = "tf32" if requested is Precision.TF32 else requested.dtype
+    return replace(audit, honoured=audit.honoured and all(layer.dtype == wanted for layer in layers if layer.flops is None))
 
 
 def _engine_dtype(layer: Layer, candidates: Iterable[EngineLayer], is_tf32: bool) -> str | None:

@@ -64,9 +64,18 @@ class Log:
 
     @property
     def last_error(self) -> str:
-        """The last error on one line, without the place in NVIDIA's source."""
-        text = " ".join((self.errors or ["TensorRT gave no reason"])[-1].split())
-        return re.sub(r"\s*In \w[\w:]* at /\S+:\d+", "", text)[:400]
+        """The last error, readable."""
+        return clean((self.errors or ["TensorRT gave no reason"])[-1])
+
+
+def clean(text: str) -> str:
+    """One line without the places in NVIDIA's source, and without the driver's absence, which every check of a shape reports again on a machine without a GPU."""
+    line = " ".join(text.split())
+    without_driver = re.sub(r"\[checkMacros\.cpp::\w+::\d+\] Error Code 1: Cuda Runtime \(In .*?\)\)", "", line).strip()
+    line = without_driver or line
+    line = re.sub(r"\[\w+\.cpp::[\w:~]+::\d+\]\s*", "", line)
+    line = re.sub(r"\.?\s*\bIn \S+ at /\S+:\d+\s*", " ", line)
+    return " ".join(line.split()).replace("( ", "(").replace(" )", ")")[:400]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -117,7 +126,7 @@ def _network_flags(flavour: Flavour) -> int:
 
 def _parser_error(parser: Any, path: Path) -> Exception:
     found = [parser.get_error(i) for i in range(parser.num_errors)]
-    lines = [f"node {e.node_name() or '?'} ({e.node_operator() or '?'}): {' '.join(e.desc().split())}" for e in found]
+    lines = [f"node {e.node_name() or '?'} ({e.node_operator() or '?'}): {clean(e.desc())}" for e in found]
     codes = {e.code().name for e in found}
     text = "; ".join(dict.fromkeys(lines[:5])) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
     if codes and codes <= SYNTAX_CODES:

@@ -122,10 +122,11 @@ class EngineRunner:
     build_only = False
 
     def __init__(self, plan: bytes, facts: Facts, flavour: Flavour, source: Path, device: str, built: Engine | None = None) -> None:
+        """`device` is `cuda:N`."""
         self._trt, self._log = flavour.module, Log(flavour.module)
         self._plan, self._facts, self._source, self._built = plan, facts, source, built
         self._index = torch.device(device).index or 0
-        self.device = f"cuda:{self._index}"
+        self.device = device
         self.notes = list(built.notes) if built else []
         with torch.cuda.device(self._index):
             self._runtime: Any = self._trt.Runtime(self._log.logger)
@@ -150,7 +151,7 @@ class EngineRunner:
         self._allocators: dict[str, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        """Output name -> tensor on the device. Raises UsageError for inputs outside the profile, OutOfMemory."""
+        """Output name -> tensor on the device, not waited for. Raises UsageError for inputs outside the profile, OutOfMemory."""
         if self._context is None:
             raise RuntimeError("this runner was closed")
         tensors = check_inputs(binding.bind(self._inputs, args, kwargs), self._facts.profile, self._dtypes, self.device, self._on_host)
@@ -162,7 +163,9 @@ class EngineRunner:
         outputs = {name: self._bind_output(name) for name in self._outputs}
         if stream is not caller:
             stream.wait_stream(caller)
-        if not self._context.execute_async_v3(stream.cuda_stream):
+        with torch.cuda.device(self._index):
+            is_queued = self._context.execute_async_v3(stream.cuda_stream)
+        if not is_queued:
             text = self._log.last_error
             raise (OutOfMemory if "memory" in text.lower() else Unavailable)(
                 f"TensorRT did not run the engine: {text}", fix="see the reason; --backend inductor runs anywhere"

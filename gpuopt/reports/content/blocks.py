@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from gpuopt.core.errors import UsageError
 from gpuopt.core.result import Ceiling, RooflinePoint
@@ -66,10 +65,11 @@ class Table:
             return self
         same = {i for i, column in enumerate(self.columns) if column.folds and len({row[i].text for row in self.rows}) == 1}
         told = [self.rows[0][i].text for i in sorted(same)]
+        rows = tuple(tuple(cell for i, cell in enumerate(row) if i not in same) for row in self.rows)
         return replace(
             self,
             columns=tuple(c for i, c in enumerate(self.columns) if i not in same),
-            rows=tuple(tuple(cell for i, cell in enumerate(row) if i not in same) for row in self.rows),
+            rows=() if len(self.columns) - len(same) == 1 else rows,  # nothing is left to tell the rows apart but their names
             beside=" · ".join(part for part in (self.beside, *told) if part not in ("", "—")),
         )
 
@@ -151,5 +151,5 @@ class Page:
     subtitle: str = ""
     headline: tuple[Message, ...] = ()
     blocks: tuple[Block, ...] = ()
+    next: tuple[Steps, ...] = ()
     footer: str = ""
-    extra: Mapping[str, str] = field(default_factory=dict)

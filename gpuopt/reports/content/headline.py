@@ -20,17 +20,17 @@ def build(report: Report, ceilings: Ceilings, name: Callable[[Run], str]) -> tup
     lines: list[Message] = []
     if report.error:
         lines.append(Message("error", clean(report.error.message, 1000), clean(report.error.fix, 1000), report.error.id))
-    ok = [run for run in report.runs if run.status == Status.OK]
-    if len(report.runs) == 1 and ok and ok[0].latency_ms:
-        lines += _one_run(report, ok[0], ceilings)
-    elif len(report.runs) > 1:
-        lines += _many_runs(report, ok, name)
     missed = [gate for gate in report.gates if not gate.passed]
     if missed:
         first = f"{clean(missed[0].name)} of {clean(missed[0].run, 120)}: {clean(missed[0].figure)}, limit {clean(missed[0].limit)}"
         lines.append(
             Message("error", f"{len(missed)} of {f.plural(len(report.gates), 'gate')} missed: {first}" + (", …" if len(missed) > 1 else ""))
         )
+    ok = [run for run in report.runs if run.status == Status.OK]
+    if len(report.runs) == 1 and ok and ok[0].latency_ms:
+        lines += _one_run(report, ok[0], ceilings)
+    elif len(report.runs) > 1:
+        lines += _many_runs(report, ok, name)
     for run in report.runs:
         if run.input_source.startswith("guess"):
             lines.append(
@@ -58,7 +58,7 @@ def _one_run(report: Report, run: Run, ceilings: Ceilings) -> list[Message]:
         quantity = compute_quantity(run)
         measured = ceilings.find(quantity, "measured") if quantity else None
         spec = ceilings.find(quantity, "spec") if quantity else None
-        sentence = f"that is {f.tflops(run.tflops)} TFLOP/s"
+        sentence = f"that is {f.tflops(run.tflops)}"
         if run.pct_of_measured is not None and measured:
             sentence += f", {f.percent(run.pct_of_measured)} of the {f.ceiling(measured.value, measured.unit)} this device was measured to do in {quantity}"
         elif run.pct_of_spec is not None and spec:
@@ -70,7 +70,7 @@ def _one_run(report: Report, run: Run, ceilings: Ceilings) -> list[Message]:
             lines.append(
                 Message(
                     "info",
-                    f"the biggest slice is {clean(biggest.name)}: {f.ms(biggest.ms)}, {f.share(biggest.ms / run.waterfall.wall_ms)} of the time",
+                    f"the biggest slice of it is {clean(biggest.name)}, {f.share(biggest.ms / run.waterfall.wall_ms)} of the wall time",
                 )
             )
     return lines
@@ -88,12 +88,12 @@ def _many_runs(report: Report, ok: Sequence[Run], name: Callable[[Run], str]) ->
         best = max(mine, key=lambda run: run.samples_per_s or 0.0)
         if len(mine) < 2:
             continue
-        text = f"fastest: {name(best)}, {f.rate(best.samples_per_s)} samples/s"
+        text = f"fastest is {name(best)}: {f.rate(best.samples_per_s)} samples/s"
         if best.tflops is not None:
-            text += f", {f.tflops(best.tflops)} TFLOP/s"
+            text += f", {f.tflops(best.tflops)}"
         if best.relative and best.relative.verdict == "faster":
             base = base_of(best, report.runs)
-            text += f"; {f.ratio(best.relative.ratio)} the speed of {name(base)}" if base else ""
+            text += f", {f.ratio(best.relative.ratio)} the speed of {name(base)}" if base else ""
         lines.append(Message("good", text))
     failed = len(report.runs) - len(ok)
     if failed:

@@ -88,14 +88,14 @@ def _ceilings(device: Device, wanted: set[str] | None) -> list[Block]:
                 Cell(f.ceiling(measured.value, measured.unit) if measured else f.MISSING),
                 Cell(clean(measured.source) if measured else "not measured", "dim"),
                 Cell(f.ceiling(spec.value, spec.unit) if spec else f.MISSING),
-                Cell(clean(spec.source) if spec else "not known", "dim"),
+                Cell(clean(spec.source) if spec else f.MISSING, "dim"),
             )
         )
     columns = (
         Column("ceiling"),
         Column("measured", right=True),
         Column("how", spare=2),
-        Column("data sheet", right=True),
+        Column("data sheet", right=True, spare=1),
         Column("source", spare=3),
     )
     return [Table(title="Ceilings", columns=columns, rows=tuple(rows))]

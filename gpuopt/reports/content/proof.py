@@ -106,6 +106,6 @@ def _audit(runs: Sequence[Run], name: Callable[[Run], str]) -> Table:
         )
         if audit.exceptions:
             notes.append("largest layers in another precision: " + ", ".join(clean(e, 60) for e in audit.exceptions[:3]))
-    columns = (Column("run"), Column("share of FLOPs", folds=True), Column("verdict"), Column("read from", spare=1, folds=True))
+    columns = (Column("run"), Column("share of FLOPs", folds=True), Column("verdict", folds=True), Column("read from", spare=1, folds=True))
     table = Table(title="What it really computes in", columns=columns, rows=tuple(rows), notes=tuple(dict.fromkeys(notes)))
     return _without_run(table) if len(runs) == 1 else table.folded()

@@ -69,6 +69,7 @@ def _run_table(report: Report, runs: Sequence[Run], ceilings: Ceilings) -> Table
     hosts = any(run.input_mode != "device" for run in runs)
     transforms = any(run.transforms for run in runs)
     relative = any(run.relative for run in runs)
+    unit, scale = f.tflops_column(run.tflops for run in runs)
     columns: list[Column] = []
     columns += [Column("model", folds=True)] if names else []
     columns += [Column("backend"), Column("precision", folds=True)]
@@ -82,7 +83,7 @@ def _run_table(report: Report, runs: Sequence[Run], ceilings: Ceilings) -> Table
         Column("samples/s", right=True, spare=2),
     ]
     columns += [Column("vs first", right=True)] if relative else []
-    columns += [Column("TFLOP/s", right=True, spare=1), Column("of measured", right=True), Column("of spec", right=True, spare=5)]
+    columns += [Column(unit, right=True, spare=1), Column("of measured", right=True), Column("of spec", right=True, spare=5)]
     columns += [Column("peak memory", right=True, spare=4), Column("verified", spare=3)]
     best = {
         group(run): max((r.samples_per_s or 0.0) for r in runs if group(r) == group(run) and r.status == Status.OK)
@@ -108,7 +109,7 @@ def _run_table(report: Report, runs: Sequence[Run], ceilings: Ceilings) -> Table
         cells += [_relative(run, bases)] if relative else []
         low = run.flop_coverage is not None and run.flop_coverage < LOW_COVERAGE
         cells += [
-            Cell(f.tflops(run.tflops) + ("*" if low and run.tflops is not None else "")),
+            Cell(f.MISSING if run.tflops is None else f.digits(run.tflops * scale) + ("*" if low else "")),
             Cell(f.percent(run.pct_of_measured), "strong", None if run.pct_of_measured is None else min(1.0, run.pct_of_measured / 100)),
             Cell(f.percent(run.pct_of_spec)),
             Cell(f.memory(run.peak_bytes)),
@@ -172,7 +173,7 @@ def _run_notes(runs: Sequence[Run], ceilings: Ceilings | None) -> tuple[str, ...
         if coverages:
             text += f"; formulas cover {f.share(min(coverages))} of the traffic"
             if min(coverages) < LOW_COVERAGE:
-                text = "* " + text + ", so TFLOP/s is too low"
+                text = "* " + text + ", so the rate is too low"
         notes.append(text)
     unknown = list(dict.fromkeys(op for run in runs for op in run.unknown_ops))
     if unknown:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from gpuopt.core.result import Ceilings, Report, Run, Status
 from gpuopt.reports import figures as f
-from gpuopt.reports.content.blocks import Block, Steps
+from gpuopt.reports.content.blocks import Steps
 from gpuopt.reports.content.breakdown import part_tone
 from gpuopt.reports.content.naming import compute_quantity
 
@@ -15,7 +15,8 @@ _KEEP_WITH_VALUE = {"--input", "--inputs", "--dim", "--batch", "-b", "--arch", "
 _KEEP_FLAGS = {"--cast", "--allow-nonfinite", "--trust-remote-code"}
 
 
-def build(report: Report, ceilings: Ceilings) -> list[Block]:
+def build(report: Report, ceilings: Ceilings) -> list[Steps]:
+    """At most two lines, only after a profile: what its biggest slice and the machine's own ceilings suggest."""
     if report.error or report.verb != "profile" or len(report.runs) != 1:
         return []
     run = report.runs[0]

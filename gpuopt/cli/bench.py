@@ -1,0 +1,87 @@
+"""`gpuopt bench MODEL…`: candidates -> verified times beside their ceilings, and gates."""
+
+from __future__ import annotations
+
+from gpuopt.cli import options as o
+
+
+def bench(
+    models: o.ModelsArg,
+    arch: o.ArchOpt = None,
+    trust: o.TrustOpt = None,
+    trust_remote_code: o.RemoteCodeOpt = False,
+    cast: o.CastOpt = False,
+    allow_nonfinite: o.NonfiniteOpt = False,
+    input: o.InputOpt = None,
+    inputs: o.InputsOpt = None,
+    batch: o.BatchOpt = None,
+    dim: o.DimOpt = None,
+    seed: o.SeedOpt = 0,
+    backend: o.BackendsOpt = None,
+    preset: o.PresetOpt = None,
+    option: o.OptionOpt = None,
+    precision: o.PrecisionsOpt = None,
+    channels_last: o.ChannelsLastOpt = False,
+    fold_bn: o.FoldOpt = False,
+    keep_fp32: o.KeepOpt = None,
+    device: o.DeviceOpt = "auto",
+    input_mode: o.InputModeOpt = "device",
+    min_time: o.MinTimeOpt = None,
+    max_time: o.MaxTimeOpt = None,
+    pairs: o.PairsOpt = None,
+    timeout: o.TimeoutOpt = None,
+    verify: o.VerifyOpt = "full",
+    tolerance: o.ToleranceOpt = None,
+    max_error: o.MaxErrorOpt = None,
+    min_tflops: o.MinTflopsOpt = None,
+    max_latency: o.MaxLatencyOpt = None,
+    baseline: o.BaselineOpt = None,
+    max_slowdown: o.MaxSlowdownOpt = None,
+    allow_inconclusive: o.InconclusiveOpt = False,
+    strict: o.StrictOpt = False,
+    json: o.JsonOpt = None,
+    force: o.ForceOpt = False,
+    quiet: o.QuietOpt = False,
+    no_input: o.NoInputOpt = False,
+) -> int:
+    """Time models and bundles, verified, beside the ceilings of this machine.
+
+    Every model, backend, precision, batch and input mode given is combined with every other. Each candidate lives in a process of its own;
+    those of the same shape are timed in interleaved blocks, so that a slow moment of the machine hits all of them. A crash or a lack of memory
+    is a result with a reason, and the rest goes on.
+
+    Example: gpuopt bench model.pt -b eager -b inductor -p fp32 -p fp16 --batch 1,64 --max-latency 15ms
+    """
+    from gpuopt.cli import request as r
+    from gpuopt.cli.show import run
+    from gpuopt.core.spec import Job
+    from gpuopt.pipeline import jobs
+    from gpuopt.pipeline.recipe import expand
+
+    job = Job(
+        verb="bench",
+        candidates=expand(
+            models=r.models(
+                models, arch=arch, trust=trust, trust_remote_code=trust_remote_code, cast=cast, allow_nonfinite=allow_nonfinite
+            ),
+            inputs=r.inputs(input=input, inputs=inputs, batch=batch, dim=dim, seed=seed),
+            backends=r.backends(backend, preset=preset, option=option),
+            precisions=r.precisions(precision),
+            transforms=r.transforms(channels_last=channels_last, fold_bn=fold_bn, keep_fp32=keep_fp32),
+            input_modes=r.input_modes(input_mode),
+            device=device,
+        ),
+        bench=r.bench(min_time=min_time, max_time=max_time, pairs=pairs, timeout=timeout, verify=verify),
+        tolerance=r.tolerance(tolerance=tolerance, max_error=max_error),
+        gates=r.gates(
+            min_tflops=min_tflops,
+            max_latency=max_latency,
+            max_error=max_error,
+            baseline=baseline,
+            max_slowdown=max_slowdown,
+            allow_inconclusive=allow_inconclusive,
+        ),
+        strict=strict,
+        command=r.command_line(),
+    )
+    return run(r.checked(job), jobs.bench, json=json, quiet=quiet, force=force, ask=not no_input)

@@ -1,0 +1,128 @@
+"""Kineto's JSON -> Trace."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpuopt.profiling.events import copy_kind, from_chrome, runtime_kind
+
+
+def test_a_kernel_belongs_to_the_innermost_op_running_when_it_was_launched(timeline):
+    timeline.step(0, 100)
+    timeline.module("", "Net", 1, 80)
+    timeline.module("fc", "Linear", 2, 50)
+    timeline.op("aten::linear", 3, 40, [[2, 4], [8, 4], [8]])
+    timeline.op("aten::t", 4, 2, [[8, 4]])
+    timeline.op("aten::addmm", 8, 20, [[8], [2, 4], [4, 8]])
+    timeline.kernel("gemm", launch=12, start=60, dur=10)
+    trace = timeline.trace()
+    kernel = trace.kernels[0]
+    assert [o.name for o in trace.chain(kernel.op)] == ["aten::addmm", "aten::linear"]
+    assert (trace.ops[kernel.op].module, trace.ops[kernel.op].module_class) == ("fc", "Linear")
+    assert trace.ops[kernel.op].shapes == ((8,), (2, 4), (4, 8))
+    assert kernel.step == 0
+    linear = trace.ops[0]
+    assert (linear.self_ns, linear.num_children) == (40_000 - 22_000, 2)
+
+
+def test_a_kernel_whose_launch_was_not_recorded_is_joined_by_its_external_id(timeline):
+    timeline.step(0, 100)
+    external = timeline.op("aten::mm", 3, 10, [[2, 4], [4, 8]])
+    timeline.kernel("gemm", launch=0, start=40, dur=5, external=external, lost_launch=True)
+    trace = timeline.trace()
+    assert trace.ops[trace.kernels[0].op].name == "aten::mm"
+
+
+def test_a_launch_between_two_ops_belongs_to_the_op_around_them(timeline):
+    timeline.step(0, 100)
+    timeline.op("aten::outer", 1, 50)
+    timeline.op("aten::first", 2, 5)
+    timeline.kernel("k", launch=10, start=20, dur=1)
+    timeline.op("aten::second", 15, 5)
+    trace = timeline.trace()
+    assert trace.ops[trace.kernels[0].op].name == "aten::outer"
+
+
+def test_threads_do_not_mix(timeline):
+    timeline.step(0, 100)
+    timeline.op("aten::main", 1, 50)
+    timeline._add("cpu_op", "aten::worker", 5, 10, tid=2)
+    trace = timeline.trace()
+    worker = next(o for o in trace.ops if o.name == "aten::worker")
+    assert worker.parent is None
+    assert next(o for o in trace.ops if o.name == "aten::main").self_ns == 50_000
+
+
+def test_events_outside_the_steps_are_counted_as_lost_and_used_by_nobody(timeline):
+    timeline.step(100, 50)
+    timeline.kernel("warm-up", launch=10, start=20, dur=5)
+    timeline.kernel("work", launch=110, start=120, dur=5)
+    trace = timeline.trace()
+    assert [(k.name, k.step) for k in trace.kernels] == [("warm-up", None), ("work", 0)]
+    assert trace.num_lost == 1
+
+
+def test_graph_replays_keep_their_graph_id(timeline):
+    timeline.step(0, 100)
+    timeline.kernel("gemm", launch=5, start=10, dur=5, graph=42)
+    assert timeline.trace().kernels[0].graph_id == 42
+    del timeline.events[-1]["args"]["graph id"]
+    assert timeline.trace().kernels[0].graph_id == timeline.correlation
+
+
+def test_timestamps_of_a_machine_long_up_keep_their_nanoseconds():
+    events = [
+        {"ph": "X", "cat": "cpu_op", "name": "aten::a", "pid": 1, "tid": 1, "ts": 4404853936688.239, "dur": 10.001, "args": {}},
+        {"ph": "X", "cat": "cpu_op", "name": "aten::b", "pid": 1, "tid": 1, "ts": 4404853936698.740, "dur": 0.5, "args": {}},
+    ]
+    first, second = from_chrome({"traceEvents": events}, device="cpu").ops
+    assert abs(second.start_ns - first.start_ns - 10_501) <= 1
+    assert second.parent is None
+
+
+def test_a_child_that_rounding_pushed_past_its_parent_is_still_a_child():
+    events = [
+        {"ph": "X", "cat": "cpu_op", "name": "aten::parent", "pid": 1, "tid": 1, "ts": 0.0, "dur": 10.0, "args": {}},
+        {"ph": "X", "cat": "cpu_op", "name": "aten::child", "pid": 1, "tid": 1, "ts": 5.0, "dur": 5.001, "args": {}},
+    ]
+    parent, child = from_chrome({"traceEvents": events}, device="cpu").ops
+    assert (child.parent, parent.self_ns, child.dur_ns) == (parent.index, 5000, 5000)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("Memcpy HtoD (Pageable -> Device)", ("h2d", "pageable")),
+        ("Memcpy HtoD (Pinned -> Device)", ("h2d", "pinned")),
+        ("Memcpy DtoH (Device -> Pageable)", ("d2h", "pageable")),
+        ("Memcpy DtoD (Device -> Device)", ("d2d", "")),
+        ("Memcpy PtoP (Device -> Device)", ("p2p", "")),
+        ("something new", ("d2d", "")),
+    ],
+)
+def test_copies_are_told_apart_by_their_names(name, expected):
+    assert copy_kind(name) == expected
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("cudaLaunchKernel", "launch"),
+        ("cudaLaunchKernelExC", "launch"),
+        ("cuLaunchKernelEx", "launch"),
+        ("cudaGraphLaunch", "graph"),
+        ("cudaMemcpyAsync", "copy"),
+        ("cudaStreamSynchronize", "sync"),
+        ("cudaDeviceSynchronize", "sync"),
+        ("cudaMalloc", "alloc"),
+        ("cudaHostAlloc", "alloc"),
+        ("cudaFuncGetAttributes", "other"),
+    ],
+)
+def test_runtime_calls_are_told_apart_by_their_names(name, kind):
+    assert runtime_kind(name) == kind
+
+
+def test_an_empty_trace_is_an_empty_value():
+    trace = from_chrome({}, device="cpu")
+    assert (trace.ops, trace.kernels, trace.steps, trace.on_device) == ((), (), (), False)

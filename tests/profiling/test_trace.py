@@ -1,0 +1,83 @@
+"""The real profiler on a CPU, end to end: count, trace, attribute, waterfall, roofline."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+import torch
+
+from gpuopt.core.live import Inputs
+from gpuopt.core.result import Ceiling, Ceilings
+from gpuopt.profiling import attribute, roofline, trace, waterfall
+from gpuopt.profiling.count import count
+
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, vocab_size=100)).eval()
+
+
+def generous():
+    """Ceilings no CPU reaches: this test is about the sums, not about this machine."""
+    rows = [
+        Ceiling(quantity="fp32", value=1e15, unit="FLOP/s", kind="measured", source="made up"),
+        Ceiling(quantity="memory", value=1e15, unit="byte/s", kind="measured", source="made up"),
+    ]
+    return Ceilings(rows=tuple(rows))
+
+
+def test_a_tiny_bert_is_profiled_end_to_end_on_a_cpu(model):
+    ids = torch.randint(0, 100, (2, 16))
+    calls = []
+
+    @torch.inference_mode()
+    def call():
+        calls.append(1)
+        return model(ids)
+
+    for _ in range(3):
+        call()
+    start = time.perf_counter()
+    for _ in range(5):
+        call()
+    wall_ms = (time.perf_counter() - start) * 1e3 / 5
+    calls.clear()
+    traced = trace.record(call, "cpu", steps=3, warmup=1, with_modules=model)
+    assert len(calls) == 1 + 1 + 3
+    assert len(traced.steps) == 3
+    assert not traced.on_device
+    counted = count(model, Inputs(args=(ids,)))
+    records = attribute.attribute(traced, counted)
+    assert attribute.coverage(records) == 1.0
+    points = roofline.points(records, generous(), cache_bytes=32 << 20)
+    assert len(points) == len(records)
+    assert all(p.pct_of_ceiling is not None and p.pct_of_ceiling <= 100 for p in points if p.flops)
+    found = waterfall.build(traced, wall_ms, generous(), records)
+    assert math.isclose(math.fsum(p.ms for p in found.parts), wall_ms, rel_tol=1e-9)
+    whole = roofline.whole(counted, wall_ms / 1e3, generous())
+    assert whole.tflops == pytest.approx(counted.flops / wall_ms / 1e9)
+
+
+def test_a_trace_without_modules_still_knows_its_ops_but_not_whose_they_are(model):
+    ids = torch.randint(0, 100, (2, 16))
+    with torch.inference_mode():
+        traced = trace.record(lambda: model(ids), "cpu", steps=1, warmup=0)
+    assert traced.modules == ()
+    records = attribute.attribute(traced, count(model, Inputs(args=(ids,))))
+    assert {r.module for r in records} == {"?"}
+    assert attribute.coverage(records) > 0.9
+    assert sum(r.flops or 0 for r in records) == pytest.approx(count(model, Inputs(args=(ids,))).flops)
+
+
+def test_module_ranges_hold_qualified_names_and_classes(model):
+    ids = torch.randint(0, 100, (2, 16))
+    with torch.inference_mode():
+        traced = trace.record(lambda: model(ids), "cpu", steps=1, warmup=0, with_modules=model)
+    names = {(m.name, m.module_class) for m in traced.modules}
+    assert ("encoder.layer.1.attention.self.query", "Linear") in names
+    assert ("", "BertModel") in names
+    assert all(op.module is not None for op in traced.ops if op.step is not None and op.name == "aten::addmm")
