@@ -47,9 +47,10 @@ def profile(
     """
     spec = spec or BenchSpec()
     found = _survey(device)
-    with _session(model, inputs, _candidate(backend, precision, device)) as (session, run):
+    candidate = _candidate(backend, precision, device)
+    with _session(model, inputs, candidate) as (session, run):
         made = session.build()
-        run = figures.built(run, made)
+        run = figures.built(run, made, candidate)
         run = figures.measured(run, session.measure(spec), found.device, made.count)
         assert run.latency_ms is not None
         run = figures.profiled(run, session.profile(found.device, run.wall_ms or run.latency_ms.median, depth))
@@ -81,7 +82,7 @@ def bench(
                 run = figures.loaded(figures.started(candidate), session.adopt(candidate, *_live(model, inputs)))
                 made = session.build()
                 counts.append(made.count)
-                run = figures.built(run, made)
+                run = figures.built(run, made, candidate)
                 if run.status is Status.OK and spec.verify != "off":
                     run = figures.verified(run, session.verify(tolerance, spec.verify))
                 runs.append(run)
@@ -111,8 +112,9 @@ def convert(
 ) -> torch.nn.Module:
     """A changed, verified copy of `model` on the CPU; the original is left alone. Raises GateFailed when the copy is outside the accuracy gate."""
     change = Transforms(channels_last=channels_last, fold_batch_norm=fold_batch_norm, keep_fp32=tuple(keep_fp32))
-    with _session(model, inputs, replace(_candidate("eager", precision, "cpu"), transforms=change)) as (session, run):
-        run = figures.built(run, session.build())
+    candidate = replace(_candidate("eager", precision, "cpu"), transforms=change)
+    with _session(model, inputs, candidate) as (session, run):
+        run = figures.built(run, session.build(), candidate)
         run = figures.verified(run, session.verify(tolerance or Tolerance()))
         if run.status is not Status.OK:
             raise GateFailed(run.reason, fix=run.fix)
@@ -140,7 +142,7 @@ def compile(
     candidate = _candidate(backend, precision, device)
     with _session(model, inputs, candidate) as (session, run):
         made = session.build()
-        run = figures.verified(figures.built(run, made), session.verify(tolerance or Tolerance()))
+        run = figures.verified(figures.built(run, made, candidate), session.verify(tolerance or Tolerance()))
         if run.status is not Status.OK:
             raise GateFailed(run.reason, fix=run.fix)
         run = figures.measured(run, session.measure(spec), found.device, made.count)

@@ -15,7 +15,7 @@ import torch
 from gpuopt.accuracy import compare as measure
 from gpuopt.accuracy.compare import Named
 from gpuopt.core.live import Inputs
-from gpuopt.core.result import Accuracy, OutputError, Stage, Status
+from gpuopt.core.result import Accuracy, OutputError, Stage
 from gpuopt.core.spec import Tolerance
 
 WARN_RATIO = 1.5
@@ -121,14 +121,6 @@ def verdict(
         reason=reason,
         notes=tuple(said),
     )
-
-
-def status(accuracy: Accuracy) -> Status:
-    """`ok`, `nan` when only the candidate has NaN or Inf, `accuracy_fail` for anything else."""
-    if accuracy.passed:
-        return Status.OK
-    rows = [row for stage in accuracy.stages for row in stage.outputs if not row.passed]
-    return Status.NAN if any(row.num_nonfinite > row.num_nonfinite_reference for row in rows) else Status.ACCURACY_FAIL
 
 
 def spread_of(

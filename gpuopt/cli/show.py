@@ -148,13 +148,9 @@ def _failed(job: Job, last: Report | None, error: BaseException) -> Report:
     if isinstance(error, GpuoptError):
         failure = Failure(id=error.error_id, type=type(error).__name__, message=error.message, fix=error.fix, exit_code=error.exit_code)
     else:
-        code = (
-            error.code
-            if isinstance(error, SystemExit) and isinstance(error.code, int)
-            else 130
-            if isinstance(error, KeyboardInterrupt)
-            else 70
-        )
+        told = getattr(error, "code", None)  # SystemExit and app.Terminated know theirs
+        ending = told if isinstance(told, int) and not isinstance(error, Exception) else 70
+        code = 130 if isinstance(error, KeyboardInterrupt) else ending
         failure = Failure(id="GPO000", type=type(error).__name__, message=str(error) or type(error).__name__, exit_code=code)
     if last is not None:
         return replace(last, error=failure)

@@ -73,7 +73,7 @@ class Stats:
     stdev: float | None = None
     ci95_low: float | None = None
     ci95_high: float | None = None
-    """Bootstrap interval of the median."""
+    """95% interval of the median, by order statistics; None under six samples."""
     p90: float | None = None
     p95: float | None = None
     p99: float | None = None
@@ -345,6 +345,14 @@ class Accuracy:
     mutates_inputs: bool = False
     reason: str = ""
     notes: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> Status:
+        """`ok`, `nan` when only the candidate has NaN or Inf, `accuracy_fail` for anything else."""
+        if self.passed:
+            return Status.OK
+        rows = [row for stage in self.stages for row in stage.outputs if not row.passed]
+        return Status.NAN if any(row.num_nonfinite > row.num_nonfinite_reference for row in rows) else Status.ACCURACY_FAIL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

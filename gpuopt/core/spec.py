@@ -55,9 +55,7 @@ DTYPE_BYTES = {
 }
 """Bytes an element of every dtype a TensorSpec may name."""
 
-_SPEC = re.compile(
-    r"^(?:(?P<name>[^:\[\]\s]+):)?(?P<dtype>[a-z0-9_]+)\[(?P<shape>[^\]]*)\](?:<(?P<high>\d+)|=(?P<fill>-?\d+(?:\.\d+)?))?$"
-)
+_SPEC = re.compile(r"^(?:(?P<name>[^:\[\]\s]+):)?(?P<dtype>[a-z0-9_]+)\[(?P<shape>[^\]]*)\](?:<(?P<high>\d+)|=(?P<fill>-?\d+(?:\.\d+)?))?$")
 _SHORT_DTYPES = {
     "fp64": "float64",
     "fp32": "float32",

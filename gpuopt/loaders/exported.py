@@ -36,10 +36,15 @@ def of_program(program: Any, *, name: str, sha256: str | None = None, notes: lis
 
 def call_structure(program: Any) -> tuple[int, tuple[str, ...]] | None:
     """(number of positional inputs, keyword names) the program is called with; None where an input is nested."""
-    positional, keywords = program.call_spec.in_spec.children_specs
-    if any(not child.is_leaf() for child in (*positional.children_specs, *keywords.children_specs)):
+    positional, keywords = _children(program.call_spec.in_spec)
+    if any(not child.is_leaf() for child in (*_children(positional), *_children(keywords))):
         return None
     return positional.num_children, tuple(keywords.context or ())
+
+
+def _children(spec: Any) -> list[Any]:
+    """Of a treespec; `children_specs` is the name before torch had `children()`, which later warns."""
+    return list(spec.children()) if hasattr(spec, "children") else list(spec.children_specs)
 
 
 def ranges(program: Any) -> dict[str, tuple[int, int]]:

@@ -224,6 +224,7 @@ def child_environment() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "AOTI_RUNTIME_CHECK_INPUTS": "1",
+        "KINETO_LOG_LEVEL": "99",  # its notices would fill the tail of stderr that reasons are taken from
     }
     return values
 

@@ -236,7 +236,7 @@ def compile(job: Job, progress: Progress | None = None) -> Report:
     if job.output is None:
         raise UsageError("compile writes a bundle", fix="-o FOLDER")
     target = Path(job.output)
-    bundle_writer.check_target(target, force=job.force)
+    bundle_writer.check_target(target, force=job.force, source=source_of(candidate))
     found = survey(job, progress)
     baseline = replace(candidate, backend=BackendSpec(), precision=None, transforms=Transforms())
     runs: list[Run] = []
@@ -292,7 +292,7 @@ def _against_eager(seat: Seat, baseline: Candidate, job: Job, found: facts.Surve
 def _write_bundle(seat: Seat, job: Job, target: Path, verified: bool, progress: Progress) -> None:
     """The child writes into a folder beside the target; the parent publishes it with one rename."""
     progress.update(seat.key, None, "writing the bundle")
-    with bundle_writer.staging(target, force=job.force) as folder:
+    with bundle_writer.staging(target, force=job.force, source=source_of(seat.candidate)) as folder:
         try:
             saved = seat.ask("save", facts.Saved, folder=str(folder))
         except ChildFailed as failure:
@@ -326,6 +326,15 @@ def convert(job: Job, progress: Progress | None = None) -> Report:
     _raise_if_failed(seat)
     report = _finish(job, found, [seat.run], progress)
     return replace(report, output=target.name if seat.ok else None)
+
+
+def source_of(candidate: Candidate) -> Path | None:
+    """The model's own file or folder, which an output must not touch; None for a factory."""
+    path = Path(candidate.model.text)
+    try:
+        return path if candidate.model.text and path.exists() else None
+    except OSError:  # a name too long for the file system
+        return None
 
 
 def check_file_target(target: Path, *, force: bool) -> None:
@@ -381,7 +390,7 @@ def _prepare(seat: Seat, job: Job, *, build_only: bool = False) -> None:
 def _built(seat: Seat, *, build_only: bool = False) -> Run:
     found = seat.ask("build", facts.Built, build_only=build_only)
     seat.count = found.count
-    return figures.built(seat.run, found)
+    return figures.built(seat.run, found, seat.candidate)
 
 
 def _only(job: Job) -> Candidate:

@@ -9,11 +9,9 @@ from typing import TypeVar
 
 from gpuopt.core.result import Samples
 from gpuopt.core.spec import BenchSpec
+from gpuopt.core.stats import MIN_PAIRS
 
 Key = TypeVar("Key")
-
-MIN_PAIRS = 5
-"""Fewer blocks a side than this say nothing; measuring stops there even when time has run out."""
 
 
 def interleave(
@@ -28,7 +26,7 @@ def interleave(
     """`sides` maps a key to a function that times one block. Returns each key's blocks in the order of the rounds.
 
     A side that raises is reported to `on_failure` and leaves; the others go on. Stops after `spec.num_pairs` rounds, or after
-    `spec.max_time_s` a side once MIN_PAIRS rounds are there.
+    `spec.max_time_s` a side once there are as many rounds as a verdict needs (stats.MIN_PAIRS).
     """
     order = random.Random(seed)
     blocks: dict[Key, list[Samples]] = {key: [] for key in sides}

@@ -168,7 +168,7 @@ def to_job(recipe: Recipe, *, command: str = "") -> Job:
             except UsageError as error:
                 if not recipe.candidates:
                     raise
-                raise UsageError(f"candidates.{index} {error.message}", fix=error.fix) from error
+                raise UsageError(f"candidates.{index}: {error.message}", fix=error.fix) from error
     gates = recipe.gates
     job = Job(
         verb=recipe.verb,

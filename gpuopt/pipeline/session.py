@@ -34,8 +34,8 @@ from gpuopt.core.spec import BenchSpec, Candidate, InputSpec, Precision, TensorS
 from gpuopt.devices import ceilings as measured_ceilings
 from gpuopt.devices import info
 from gpuopt.loaders import inputs as input_maker
-from gpuopt.pipeline import environment, facts, packs, route, verification
-from gpuopt.profiling import attribute, count, count_onnx, memory, roofline, trace, waterfall
+from gpuopt.pipeline import environment, facts, figures, packs, route, verification
+from gpuopt.profiling import attribute, count, memory, roofline, trace, waterfall
 from gpuopt.timing import clocks, loop
 
 SEEDS = 2
@@ -98,6 +98,8 @@ class Session:
                 raise Unsupported(f"{self._precision} cannot run on {candidate.device}: {reason}", fix="another --precision or --device")
         current = self._candidate
         made = inputs or input_maker.make(model, current.inputs, current.dims, "cpu", None)
+        if self._manifest is not None:
+            made = positional(made, self._manifest.positional)
         self._inputs = made
         # What the sources filled in (N=1, S=128) is part of the candidate from here on, so that every seed gets the same shapes.
         self._candidate = replace(current, dims=dict(made.dims))
@@ -204,7 +206,7 @@ class Session:
                     f"an ONNX file keeps the precision it was exported in ({own_precision(model)})",
                     fix="export the source model at this precision: gpuopt convert MODEL --precision … --to onnx",
                 )
-            options["layer_flops"] = count_onnx.layer_flops(model.path, dict(candidate.dims))
+            options["layer_flops"] = layer_flops(model.path, candidate)
             return backend.build(model, self._given(precision, model), options), model
         change = candidate.transforms
         changed = converters.apply(model, precision, change, self._sample(precision, "cpu"))
@@ -214,7 +216,7 @@ class Session:
             self._progress(None, f"exporting to ONNX for {candidate.backend.name}")
             path = onnx_file.export(changed, self._sample(precision, "cpu"), folder / "model.onnx", dynamic_ranges(candidate))
             through = loaders.onnx_model(path, model.name)
-            options["layer_flops"] = count_onnx.layer_flops(path, dict(candidate.dims))
+            options["layer_flops"] = layer_flops(path, candidate)
             return backend.build(through, self._sample(precision, candidate.device), options), changed
         if changed.module is not None:
             changed.module.to(candidate.device)
@@ -232,9 +234,10 @@ class Session:
     def _counted(self, candidate: Candidate) -> Count | None:
         assert self._changed is not None and self._model is not None
         if self._model.form == "onnx":
-            return count_onnx.from_onnx(self._model.path, dict(candidate.dims))
-        if self._model.form == "torchscript":
-            return None
+            from gpuopt.profiling import count_onnx  # onnx is an extra: only its own models need it
+
+            assert self._model.path is not None
+            return count_onnx.from_onnx(self._model.path, dict(candidate.dims), tf32=self._precision is Precision.TF32)
         return count.count(self._changed.module, self._sample(self._precision, "cpu"), tf32=self._precision is Precision.TF32)
 
     # -- verify -------------------------------------------------------------------------------------------------------------------
@@ -254,10 +257,9 @@ class Session:
             twins = found.outputs
         else:
             found = verification.reference(model, batches, candidate.device)
-            with precisions.flags(self._precision):
-                twins = verification.eager_outputs(model, dtype, batches, candidate.device)
+            twins = verification.eager_outputs(model, self._precision, batches, candidate.device)
         stages = []
-        notes: list[str] = []
+        notes: list[str] = ["the model itself writes into its inputs"] if found.mutates_inputs else []
         is_twin = candidate.backend.name == "eager" and candidate.transforms == Transforms()
         if mode == "full" and model.form not in ("onnx", "torchscript"):
             if is_twin:
@@ -272,7 +274,12 @@ class Session:
             stages.append(accuracy_gate.judge_stage("structure", found.outputs, outputs, twins, limits, seeds))
         stages.append(accuracy_gate.judge_stage("precision", found.outputs, outputs, twins, limits, seeds, spread=spread))
         accuracy = accuracy_gate.verdict(
-            tuple(stages), reference=found.kind, deterministic=deterministic, mutates_inputs=mutates, notes=tuple(notes)
+            tuple(stages),
+            reference=found.kind,
+            deterministic=deterministic,
+            mutates_inputs=mutates,
+            reference_mutates_inputs=found.mutates_inputs,
+            notes=tuple(notes),
         )
         self._pack = None
         self._evidence = packs.Pack.sampled(found.outputs, twins, seeds, found.kind)
@@ -288,7 +295,7 @@ class Session:
         limits: Tolerance,
     ) -> Any:
         with verification.exact_math():
-            twins = verification.eager_outputs(model, torch.float32, batches, candidate.device)
+            twins = verification.eager_outputs(model, Precision.FP32, batches, candidate.device)
             runner, _ = self._construct(candidate, model, Precision.FP32)
             try:
                 outputs, _, _ = verification.runner_outputs(runner, batches, torch.float32, candidate.device)
@@ -300,9 +307,8 @@ class Session:
     def _reference_of_file(self, model: Model, batches: list[Inputs]) -> verification.Reference:
         """Forms without parameters to widen: ONNX Runtime's CPU provider for ONNX, the script itself for TorchScript."""
         if model.form == "torchscript":
-            dtype = getattr(torch, own_precision(model).dtype)
             return verification.Reference(
-                outputs=verification.eager_outputs(model, dtype, batches, "cpu"),
+                outputs=verification.eager_outputs(model, own_precision(model), batches, "cpu"),
                 kind=f"{own_precision(model)}: TorchScript cannot be widened",
             )
         backend = load_backend("ort")
@@ -424,15 +430,15 @@ class Session:
         records = attribute.attribute(traced, counted)
         timed_ns = sum(r.time_ns or 0.0 for r in records)
         placed_ns = sum(r.time_ns or 0.0 for r in records if r.module != "?")
-        parameters = (
-            count.module_parameters(self._changed.module) if self._changed is not None and self._changed.module is not None else None
-        )
+        source = self._changed.module if self._changed is not None else None
+        parameters = count.module_parameters(source) if source is not None else None
+        classes = count.module_classes(source) if source is not None else None
         return facts.Profiled(
             waterfall=waterfall.build(traced, wall_ms, device.ceilings, records),
-            roofline=roofline.points(records, device.ceilings, cache_bytes=device.cache_bytes),
+            roofline=roofline.points(records, device.ceilings, cache_bytes=device.cache_bytes, slack=figures.slack(device)),
             modules=tuple(
                 row
-                for row in attribute.modules(records, counted, wall_ms, ceilings=device.ceilings, parameters=parameters)
+                for row in attribute.modules(records, counted, wall_ms, ceilings=device.ceilings, parameters=parameters, classes=classes)
                 if row.depth <= depth
             ),
             coverage=attribute.coverage(records),
@@ -567,7 +573,8 @@ class Session:
 
     def _batch(self, seed: int, dims: dict[str, int] | None = None) -> Inputs:
         candidate, model = self._loaded()
-        return input_maker.make(model, replace(candidate.inputs, seed=seed), dims or dict(candidate.dims), "cpu", None)
+        made = input_maker.make(model, replace(candidate.inputs, seed=seed), dims or dict(candidate.dims), "cpu", None)
+        return positional(made, self._manifest.positional) if self._manifest is not None else made
 
     def _inputs_batch(self) -> int:
         return self._inputs.batch if self._inputs is not None else 1
@@ -581,6 +588,14 @@ class Session:
         if self._runner is None:
             raise AssertionError("build comes first")
         return self._runner
+
+
+def layer_flops(path: Path | None, candidate: Candidate) -> dict[str, tuple[float | None, str]]:
+    """FLOPs and dtype of each node of an ONNX file, for a backend's audit."""
+    from gpuopt.profiling import count_onnx
+
+    assert path is not None
+    return dict(count_onnx.layer_flops(path, dict(candidate.dims)))
 
 
 def own_precision(model: Model) -> Precision:
@@ -609,6 +624,13 @@ def describe_transforms(transforms: Transforms) -> tuple[str, ...]:
         names.append("fold_batch_norm")
     names += [f"keep_fp32:{name}" for name in transforms.keep_fp32]
     return tuple(names)
+
+
+def positional(inputs: Inputs, num: int) -> Inputs:
+    """The same tensors with the first `num` by position: the call an artifact was built for."""
+    values = [*inputs.args, *inputs.kwargs.values()]
+    names = [spec.name for spec in inputs.specs]
+    return replace(inputs, args=tuple(values[:num]), kwargs=dict(zip(names[num:], values[num:], strict=True)))
 
 
 def move(value: Any, device: str) -> Any:

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
+from gpuopt import converters
 from gpuopt.accuracy import compare
+from gpuopt.converters import precision as precisions
+from gpuopt.core.errors import Unsupported
 from gpuopt.core.live import Inputs, Model
+from gpuopt.core.spec import Precision, Transforms
 
 Named = list[tuple[str, Any]]
 """Outputs flattened to dotted names and tensors."""
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(slots=True)
@@ -30,44 +32,50 @@ class Reference:
     outputs: list[Named]
     kind: str
     """`fp64`, or `fp32: why not fp64`."""
+    mutates_inputs: bool = False
+    """The model itself writes into its inputs: a candidate may, too."""
 
 
 @contextmanager
 def exact_math() -> Iterator[None]:
     """No TF32 and no reduced-precision reductions while a reference is computed."""
-    from gpuopt.converters import precision
-    from gpuopt.core.spec import Precision
-
-    with precision.flags(Precision.FP32):
+    with precisions.flags(Precision.FP32):
         yield
 
 
 def reference(model: Model, batches: list[Inputs], device: str) -> Reference:
     """fp64 outputs of the model as it was loaded; fp32 with the reason where fp64 cannot be had."""
     try:
-        return Reference(outputs=_eager(model, torch.float64, batches, device), kind="fp64")
-    except (RuntimeError, NotImplementedError, TypeError) as error:
+        outputs, mutates = _eager(model, Precision.FP64, batches, device)
+        return Reference(outputs=outputs, kind="fp64", mutates_inputs=mutates)
+    except (RuntimeError, NotImplementedError, TypeError, Unsupported) as error:
         # An op without an fp64 kernel, a graph with a dtype written into it, or a device too small for it.
         why = (str(error).splitlines() or [type(error).__name__])[0][:160]
-    return Reference(outputs=_eager(model, torch.float32, batches, device), kind=f"fp32: {why}")
+    outputs, mutates = _eager(model, Precision.FP32, batches, device)
+    return Reference(outputs=outputs, kind=f"fp32: {why}", mutates_inputs=mutates)
 
 
-def eager_outputs(model: Model, dtype: torch.dtype, batches: list[Inputs], device: str) -> list[Named]:
-    """Plain eager at `dtype`, without any transform: the yardstick of a stage."""
-    return _eager(model, dtype, batches, device)
+def eager_outputs(model: Model, precision: Precision, batches: list[Inputs], device: str) -> list[Named]:
+    """Plain eager at `precision`, without any transform: the yardstick of a stage."""
+    return _eager(model, precision, batches, device)[0]
 
 
-def _eager(model: Model, dtype: torch.dtype, batches: list[Inputs], device: str) -> list[Named]:
-    with exact_math() if dtype in (torch.float32, torch.float64) else _as_is():
-        twin = copy.deepcopy(model.module)
-        twin = twin.to(device=device, dtype=dtype)
+def _eager(model: Model, precision: Precision, batches: list[Inputs], device: str) -> tuple[list[Named], bool]:
+    """Outputs of a copy of the model, cast as the converter casts it, and whether it writes into its inputs."""
+    dtype = getattr(torch, precision.dtype)
+    with precisions.flags(precision):
+        twin = converters.apply(model, precision, Transforms()).module
+        twin = copy.deepcopy(twin) if twin is model.module else twin
         try:
+            twin = twin.to(device)
+            found, mutates = [], False
             with torch.no_grad():
-                found = []
                 for batch in batches:
                     given = batch.map(lambda t: cast(t, dtype, device))
+                    before = given.map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t)
                     found.append([(name, _kept(value)) for name, value in compare.flatten(twin(*given.args, **given.kwargs))])
-            return found
+                    mutates = mutates or not _same_inputs(before, given)
+            return found, mutates
         finally:
             del twin
             release(device)
@@ -103,11 +111,6 @@ def release(device: str) -> None:
 
         gc.collect()
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def _as_is() -> Iterator[None]:
-    yield
 
 
 def _kept(value: Any) -> Any:

@@ -305,9 +305,9 @@ def test_nan_in_the_candidate_alone_is_told_from_inaccuracy() -> None:
         stage = gate.judge_stage("precision", [[("y", ref)]], [[("y", candidate)]], [[("y", ref.float())]], Tolerance())
         return gate.verdict([stage], "fp64", True)
 
-    assert gate.status(judged(bad)) is Status.NAN
-    assert gate.status(judged(ref.float() + 1)) is Status.ACCURACY_FAIL
-    assert gate.status(judged(ref.float())) is Status.OK
+    assert judged(bad).status is Status.NAN
+    assert judged(ref.float() + 1).status is Status.ACCURACY_FAIL
+    assert judged(ref.float()).status is Status.OK
 
 
 def test_asked_fields_go_over_the_defaults_of_the_precision() -> None:

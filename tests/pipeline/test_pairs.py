@@ -6,6 +6,7 @@ import pytest
 
 from gpuopt.core.result import Samples
 from gpuopt.core.spec import BenchSpec
+from gpuopt.core.stats import MIN_PAIRS
 from gpuopt.pipeline import pairs
 
 
@@ -63,7 +64,7 @@ def test_time_runs_out_after_enough_pairs() -> None:
         return one(1)
 
     blocks = pairs.interleave({"a": take, "b": take}, BenchSpec(num_pairs=100, max_time_s=1.0), clock=lambda: now)
-    assert len(blocks["a"]) == len(blocks["b"]) == pairs.MIN_PAIRS
+    assert len(blocks["a"]) == len(blocks["b"]) == MIN_PAIRS
 
 
 def test_blocks_survive_joining() -> None:
