@@ -151,11 +151,12 @@ def _notes(notes: Sequence[str]) -> Iterator[RenderableType]:
         yield Padding(Text(note, style="bright_black"), (0, 0, 0, 2))
 
 
-def _cell(cell: Cell) -> Text:
+def _cell(cell: Cell, width: int = 0) -> Text:
+    """`width` is the longest text of the column: beside a bar, figures end at the same place."""
     line = Text(overflow="fold")
     if cell.meter is not None:
         line.append(_bar(cell.meter, _METER).ljust(_METER + 1), style="cyan")
-    line.append(cell.text, style=STYLES.get(cell.tone, ""))
+    line.append(cell.text if cell.meter is None else cell.text.rjust(width), style=STYLES.get(cell.tone, ""))
     return line
 
 
@@ -191,8 +192,9 @@ class _Fitted:
             column = self.table.columns[index]
             whole = column.right or (len(kept) > 1 and _width(self.table, index) <= 12)
             rich_table.add_column(Text(column.title), justify="right" if column.right else "left", no_wrap=whole, overflow="fold")
+        texts = {index: max(len(row[index].text) for row in self.table.rows) for index in kept}
         for row in self.table.rows:
-            rich_table.add_row(*(_cell(row[index]) for index in kept))
+            rich_table.add_row(*(_cell(row[index], texts[index]) for index in kept))
         yield _title(self.table.title, self.table.beside)
         yield rich_table
         yield from _notes(self.table.notes)

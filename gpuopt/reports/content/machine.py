@@ -98,4 +98,4 @@ def _ceilings(device: Device, wanted: set[str] | None) -> list[Block]:
         Column("data sheet", right=True, spare=1),
         Column("source", spare=3),
     )
-    return [Table(title="Ceilings", columns=columns, rows=tuple(rows))]
+    return [Table(title="Ceilings", columns=columns, rows=tuple(rows), notes=tuple(clean(note) for note in device.ceilings.notes))]
