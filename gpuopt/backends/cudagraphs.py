@@ -153,6 +153,7 @@ def _record(module: Any, inputs: Inputs, options: Mapping[str, Any]) -> GraphRun
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            _free_generator(device)
             if "captur" not in str(error):
                 raise
             reason = next((line.strip() for line in str(error).splitlines() if "captur" in line), "the capture failed")
@@ -196,3 +197,9 @@ def _checked(options: Mapping[str, Any]) -> None:
     for key in options:
         if key not in _OWN:
             raise UsageError(f"cudagraphs has no option {key!r}", fix="static_outputs=true")
+
+
+def _free_generator(device: torch.device) -> None:
+    """A capture that broke off leaves the device's random generator believing it is still captured; a clone of its state is not."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    generator.graphsafe_set_state(generator.clone_state())

@@ -140,7 +140,8 @@ class InductorRunner:
     def compile(self, inputs: Inputs) -> None:
         """First calls: everything that compiles, warms up or records a graph happens here, and what it gave up on is noted."""
         before = _snapshot()
-        with _skip_reasons() as reasons:
+        # The limit is kept by code object: a process that compiles one class many times (a search, a test) would end in silent eager.
+        with _skip_reasons() as reasons, torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
             if self._dynamic:
                 sample = _marked(portable.widened(inputs, {k: (int(v[0]), int(v[1])) for k, v in self._dynamic.items()}), self._dynamic)
                 self(*sample.args, **sample.kwargs)

@@ -24,8 +24,8 @@ _CPU_SHAPES: tuple[Shape, ...] = ((2048, 2048, 2048), (1024, 1024, 1024))
 _CPU_FALLBACKS: tuple[Shape, ...] = ((512, 512, 512), (256, 256, 256))
 _PASSES = ("read", "copy", "inplace")
 _GIB = 2**30
-_HEAT_S = 1.0
-"""A cold GPU clocks higher than it can hold: products for this long before anything counts."""
+_HEAT_S = 0.3
+"""An idle GPU clocks down and takes a moment to come back: products for this long before anything counts."""
 _BUDGET_S = 0.3
 """For each shape and each pass."""
 _LONGEST_CALL_S = {"cuda": 0.2, "cpu": 0.1}
@@ -160,12 +160,10 @@ def _gemm_row(
             notes.append(f"{quantity} could not be measured: {str(error).splitlines()[0]}")
             return
     assert best is not None
-    statistic = "median" if device.kind == "cuda" else "fastest"
+    statistic = "median of warm bursts" if device.kind == "cuda" else "fastest of warm blocks"
     m, n, k = best[1]
     name = "fp8_tensor" if quantity == "fp8" else quantity
-    yield Ceiling(
-        quantity=name, value=best[0], unit="FLOP/s", kind="measured", source=f"GEMM {m}x{n}x{k}, random data, {statistic} of warm blocks"
-    )
+    yield Ceiling(quantity=name, value=best[0], unit="FLOP/s", kind="measured", source=f"GEMM {m}x{n}x{k}, random data, {statistic}")
 
 
 def _worth_it(quantity: str, device: Device, shapes: tuple[Shape, ...], fallbacks: tuple[Shape, ...]) -> list[Shape]:

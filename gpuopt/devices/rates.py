@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 import time
@@ -12,6 +11,12 @@ import torch
 
 BLOCK_S = 0.015
 """Calls are timed in blocks this long: two events cost microseconds, and queued calls hide the launches."""
+REST_S = 0.03
+"""Between blocks on a GPU. Large products without a pause run into the power limit within a second (an H200 fell from 764 to 656 TFLOP/s in fp16 that way);
+a model's products have other kernels between them and do not, so they would pass a ceiling that was taken without one."""
+MAX_BLOCKS = 12
+WARM_CALLS = 3
+"""At the start of each block, not timed."""
 
 
 def seconds_a_call(call: Callable[[], object], device_id: str, budget_s: float) -> float:
@@ -49,15 +54,20 @@ def once(call: Callable[[], object], device_id: str) -> float:
 def _by_events(call: Callable[[], object], device_id: str, budget_s: float) -> list[float]:
     rough = max(once(call, device_id), 1e-6)
     size = max(1, math.ceil(BLOCK_S / rough))
-    num_blocks = max(3, int(budget_s / (rough * size)))
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(num_blocks + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
+    num_blocks = min(MAX_BLOCKS, max(3, int(budget_s / (rough * size))))
+    times: list[float] = []
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(num_blocks):
+        for _ in range(WARM_CALLS):
+            call()
+        start.record()
         for _ in range(size):
             call()
-        mark.record()
-    torch.cuda.synchronize(device_id)
-    return [before.elapsed_time(after) / 1e3 / size for before, after in itertools.pairwise(marks)]
+        end.record()
+        torch.cuda.synchronize(device_id)
+        times.append(start.elapsed_time(end) / 1e3 / size)
+        time.sleep(REST_S)
+    return times
 
 
 def _by_counter(call: Callable[[], object], budget_s: float) -> list[float]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
+from transformers.models.resnet.modeling_resnet import ResNetBottleNeckLayer
 
 from gpuopt.models.factory import factory
+
+RESIDUAL_SCALE = 0.25
 
 
 @factory("pixel_values:float32[N,3,224,224]")
@@ -27,7 +30,7 @@ def resnet101() -> nn.Module:
             num_labels=1000,
         )
     )
-    return model
+    return _damped(model)
 
 
 @factory("pixel_values:float32[N,3,32,32]")
@@ -46,4 +49,15 @@ def resnet101_tiny() -> nn.Module:
             num_labels=10,
         )
     )
+    return _damped(model)
+
+
+def _damped(model: nn.Module) -> nn.Module:
+    """Last batch norm of each residual branch scaled to what training leaves there.
+
+    With its untrained scale of 1 every block doubles the variance: 33 of them pass 65504, the largest number of fp16, and a model of NaNs verifies nothing.
+    """
+    for module in model.modules():
+        if isinstance(module, ResNetBottleNeckLayer):
+            nn.init.constant_(module.layer[-1].normalization.weight, RESIDUAL_SCALE)
     return model

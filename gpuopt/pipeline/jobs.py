@@ -19,6 +19,7 @@ from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, Job, Transforms
 from gpuopt.pipeline import facts, figures, gates, manifests, pairs
 from gpuopt.pipeline.isolate import Child, ChildFailed
 from gpuopt.profiling.roofline import ImpossibleFigure
+from gpuopt.reports import diff
 
 T = TypeVar("T")
 
@@ -26,6 +27,36 @@ PRACTICAL_THRESHOLD = 0.02
 """Pairs that differ by less are the same, whatever the test says."""
 
 SURVEY_TIMEOUT_S = 300.0
+
+
+@dataclass(slots=True)
+class Machine:
+    """What the survey found, and a second look when a figure contradicts it."""
+
+    job: Job
+    progress: Progress
+    survey: facts.Survey
+    is_fresh: bool = False
+
+    @property
+    def device(self) -> Device:
+        """The device with the ceilings that hold now."""
+        return self.survey.device
+
+    def judged(self, work: Callable[[Device], T]) -> T:
+        """`work` against the ceilings; where a figure lies above the measured ones, against ceilings measured again: the old ones may have been
+        taken while the machine was busy. Raises ImpossibleFigure or ChildFailed when it does so even then."""
+        try:
+            return work(self.device)
+        except ImpossibleFigure:
+            if self.is_fresh:
+                raise
+        except ChildFailed as failure:
+            if self.is_fresh or "ImpossibleFigure" not in failure.reason:
+                raise
+        self.progress.warn("a figure lies above the measured ceilings: measuring them again")
+        self.survey, self.is_fresh = survey(replace(self.job, refresh=True), self.progress), True
+        return work(self.device)
 
 
 @dataclass(slots=True)
@@ -120,17 +151,13 @@ def profile(job: Job, progress: Progress | None = None) -> Report:
     """`gpuopt profile MODEL`: where the time goes and how far that is from the roofline."""
     progress = progress or Silent()
     candidate = _only(job)
-    found = survey(job, progress)
+    machine = surveyed(job, progress)
     with seated(candidate, job, progress) as seat:
         _prepare(seat, job)
-        seat.step(lambda s: figures.measured(s.run, s.ask("measure", facts.Measured, spec=job.bench), found.device, s.count))
-        seat.step(
-            lambda s: figures.profiled(
-                s.run, s.ask("profile", facts.Profiled, device=found.device, wall_ms=_wall_ms(s.run), depth=job.depth)
-            )
-        )
+        seat.step(lambda s: _measured(s, job, machine))
+        seat.step(lambda s: machine.judged(lambda device: _profiled(s, job, device)))
     _raise_if_failed(seat)
-    return _finish(job, found, [seat.run], progress)
+    return _finish(job, machine.survey, [seat.run], progress)
 
 
 def bench(job: Job, progress: Progress | None = None) -> Report:
@@ -138,22 +165,24 @@ def bench(job: Job, progress: Progress | None = None) -> Report:
     progress = progress or Silent()
     if not job.candidates:
         raise UsageError("nothing to bench", fix="gpuopt bench MODEL")
-    found = survey(job, progress)
+    if job.gates.baseline is not None:
+        codec.read_json(Report, Path(job.gates.baseline))  # before hours of measuring, not after
+    machine = surveyed(job, progress)
     runs: list[Run] = []
     errors: list[GpuoptError] = []
     for group in comparable(job.candidates):
 
         def rewrite(done: list[Run], before: tuple[Run, ...] = tuple(runs)) -> None:
-            progress.so_far(_report(job, found, [*before, *done]))
+            progress.so_far(_report(job, machine.survey, [*before, *done]))
 
-        finished = _bench_group(group, job, found, progress, rewrite)
+        finished = _bench_group(group, job, machine, progress, rewrite)
         runs += [seat.run for seat in finished]
         errors += [seat.error for seat in finished if seat.error is not None]
-        progress.so_far(_report(job, found, runs))
+        progress.so_far(_report(job, machine.survey, runs))
     if all(run.status is not Status.OK for run in runs) and errors and len(errors) == len(runs):
         if len({(type(e), e.message) for e in errors}) == 1:
             raise errors[0]
-    return _finish(job, found, runs, progress)
+    return _finish(job, machine.survey, runs, progress)
 
 
 def comparable(candidates: tuple[Candidate, ...]) -> list[list[Candidate]]:
@@ -174,7 +203,7 @@ def comparable(candidates: tuple[Candidate, ...]) -> list[list[Candidate]]:
 
 
 def _bench_group(
-    group: list[Candidate], job: Job, found: facts.Survey, progress: Progress, on_update: Callable[[list[Run]], None]
+    group: list[Candidate], job: Job, machine: Machine, progress: Progress, on_update: Callable[[list[Run]], None]
 ) -> list[Seat]:
     """Build and verify one after the other, then time all that are left in interleaved blocks."""
     with ExitStack() as stack:
@@ -186,13 +215,13 @@ def _bench_group(
             on_update([s.run for s in seats])
         live = [seat for seat in seats if seat.ok]
         if len(live) == 1:
-            live[0].step(lambda s: figures.measured(s.run, s.ask("measure", facts.Measured, spec=job.bench), found.device, s.count))
+            live[0].step(lambda s: _measured(s, job, machine))
         elif live:
-            _interleaved(live, job, found.device, progress)
+            _interleaved(live, job, machine, progress)
         return seats
 
 
-def _interleaved(live: list[Seat], job: Job, device: Device, progress: Progress) -> None:
+def _interleaved(live: list[Seat], job: Job, machine: Machine, progress: Progress) -> None:
     key = "pairs"
     progress.start(key, f"timing {len(live)} candidates in interleaved blocks")
     for seat in live:
@@ -214,14 +243,27 @@ def _interleaved(live: list[Seat], job: Job, device: Device, progress: Progress)
     )
     for seat in live:
         seat.sampled = seat.sampled + pairs.joined(blocks[seat.key])
-        seat.step(
-            lambda s: figures.measured(s.run, replace(s.ask("meters", facts.Measured, spec=job.bench), samples=s.sampled), device, s.count)
-        )
+        seat.step(lambda s: _metered(s, job, machine))
     base = next((seat for seat in live if seat.ok), None)
     for seat in live:
         if seat is not base and base is not None and seat.ok:
             seat.run = figures.relative(seat.run, base.sampled, seat.sampled, PRACTICAL_THRESHOLD)
     progress.done(key)
+
+
+def _measured(seat: Seat, job: Job, machine: Machine) -> Run:
+    found = seat.ask("measure", facts.Measured, spec=job.bench)
+    return machine.judged(lambda device: figures.measured(seat.run, found, device, seat.count))
+
+
+def _metered(seat: Seat, job: Job, machine: Machine) -> Run:
+    found = replace(seat.ask("meters", facts.Measured, spec=job.bench), samples=seat.sampled)
+    return machine.judged(lambda device: figures.measured(seat.run, found, device, seat.count))
+
+
+def _profiled(seat: Seat, job: Job, device: Device) -> Run:
+    found = seat.ask("profile", facts.Profiled, device=device, wall_ms=_wall_ms(seat.run), depth=job.depth)
+    return figures.profiled(seat.run, found)
 
 
 def _warmed(seat: Seat, spec: BenchSpec) -> Run:
@@ -237,7 +279,7 @@ def compile(job: Job, progress: Progress | None = None) -> Report:
         raise UsageError("compile writes a bundle", fix="-o FOLDER")
     target = Path(job.output)
     bundle_writer.check_target(target, force=job.force, source=source_of(candidate))
-    found = survey(job, progress)
+    machine = surveyed(job, progress)
     baseline = replace(candidate, backend=BackendSpec(), precision=None, transforms=Transforms())
     runs: list[Run] = []
     with ExitStack() as stack:
@@ -245,7 +287,7 @@ def compile(job: Job, progress: Progress | None = None) -> Report:
         _prepare(seat, job, build_only=job.build_only)
         if not seat.ok and not (job.allow_inaccurate and seat.run.status in (Status.ACCURACY_FAIL, Status.NAN)):
             _raise_if_failed(seat)
-            return _finish(job, found, [seat.run], progress)
+            return _finish(job, machine.survey, [seat.run], progress)
         verified = seat.ok and not job.build_only
         if not seat.ok:
             progress.warn(f"kept although it failed verification (--allow-inaccurate): {seat.run.reason}")
@@ -254,11 +296,11 @@ def compile(job: Job, progress: Progress | None = None) -> Report:
             )
         runs = [seat.run]
         if not job.build_only:
-            runs = _against_eager(seat, baseline, job, found, progress, stack)
+            runs = _against_eager(seat, baseline, job, machine, progress, stack)
         if seat.ok:
             _write_bundle(seat, job, target, verified, progress)
     _raise_if_failed(seat)
-    report = _finish(job, found, runs, progress)
+    report = _finish(job, machine.survey, runs, progress)
     slower = seat.run.relative is not None and seat.run.relative.verdict == "slower"
     findings = report.findings
     if slower:
@@ -276,16 +318,16 @@ def compile(job: Job, progress: Progress | None = None) -> Report:
     return replace(report, output=target.name, findings=findings)
 
 
-def _against_eager(seat: Seat, baseline: Candidate, job: Job, found: facts.Survey, progress: Progress, stack: ExitStack) -> list[Run]:
+def _against_eager(seat: Seat, baseline: Candidate, job: Job, machine: Machine, progress: Progress, stack: ExitStack) -> list[Run]:
     """Time the candidate beside the model as it came. A model whose own form cannot run is timed alone."""
     other = stack.enter_context(seated(baseline, job, progress))
     other.step(lambda s: figures.loaded(s.run, s.ask("load", facts.Loaded, candidate=s.candidate)))
     other.step(_built)
     if not other.ok:
         seat.run = replace(seat.run, notes=(*seat.run.notes, f"not compared with eager: {other.run.reason}"))
-        seat.step(lambda s: figures.measured(s.run, s.ask("measure", facts.Measured, spec=job.bench), found.device, s.count))
+        seat.step(lambda s: _measured(s, job, machine))
         return [seat.run]
-    _interleaved([other, seat], job, found.device, progress)
+    _interleaved([other, seat], job, machine, progress)
     return [other.run, seat.run]
 
 
@@ -352,6 +394,11 @@ def check_file_target(target: Path, *, force: bool) -> None:
             pass
     except OSError as error:
         raise ResourceError(f"{target.parent} cannot be written: {error.strerror}", fix="another -o") from error
+
+
+def surveyed(job: Job, progress: Progress) -> Machine:
+    """The machine under the candidates, with its ceilings."""
+    return Machine(job=job, progress=progress, survey=survey(job, progress), is_fresh=job.refresh)
 
 
 def survey(job: Job, progress: Progress, *, ceilings: bool = True) -> facts.Survey:
@@ -444,6 +491,6 @@ def _finish(job: Job, found: facts.Survey, runs: list[Run], progress: Progress) 
         for run in runs[:1]
         if run.input_source.startswith("guess")
     )
-    report = replace(report, gates=gates.judge(runs, job.gates), findings=findings)
+    report = diff.against_baseline(replace(report, gates=gates.judge(runs, job.gates), findings=findings), job.gates)
     progress.so_far(report)
     return report

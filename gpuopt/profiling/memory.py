@@ -17,7 +17,7 @@ def peak(call: Callable[[], Any], device: str) -> int | None:
     """Peak bytes while `call` runs once.
 
     On CUDA: the most the caching allocator handed out at once, weights included; what libraries allocate by themselves (a TensorRT engine) is not seen by it.
-    On a CPU: how far the resident set of this process rose above where it stood before the call. None where the kernel does not let a process reset its high-water mark.
+    On a CPU: the largest resident set of this process during the call, interpreter and libraries included. None where the kernel does not let a process reset its high-water mark.
     """
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
@@ -30,12 +30,8 @@ def peak(call: Callable[[], Any], device: str) -> int | None:
         _CLEAR.write_text("5")  # resets VmHWM to the present resident set (proc(5))
     except OSError:
         return None
-    before = _status_bytes("VmRSS")
     call()
-    after = _status_bytes("VmHWM")
-    if before is None or after is None:
-        return None
-    return max(0, after - before)
+    return _status_bytes("VmHWM")
 
 
 def _status_bytes(key: str) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from statistics import median
 from typing import Any
 
 import pytest
@@ -123,11 +122,28 @@ def test_the_timed_loop_adds_under_one_percent_to_a_millisecond_on_the_host() ->
 
 
 @pytest.mark.gpu
-def test_the_timed_loop_adds_under_one_percent_over_a_bare_loop_on_a_gpu() -> None:
+def test_the_timed_loop_adds_under_one_percent_over_a_bare_event_loop_on_a_gpu() -> None:
+    """The bare loop is the shortest that gives a time a call: two events around each, read at the end. Best of alternating rounds on both sides."""
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.float16)
+    out = torch.empty_like(a)
     clock = clocks.CudaClock("cuda")
-    samples, _ = clock.time_calls(lambda: a @ a, 200)
-    assert clocks.overhead_ns(lambda: a @ a, clock, n=200) < 0.01 * median(samples)
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(200)]
+
+    def call() -> None:
+        torch.mm(a, a, out=out)
+
+    bare, timed = [], []
+    for _ in range(9):
+        torch.cuda.synchronize()
+        begin = time.perf_counter_ns()
+        for start, end in events:
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        bare.append(time.perf_counter_ns() - begin)
+        timed.append(clock.time_calls(call, 200)[1])
+    assert min(timed[1:]) < 1.01 * min(bare[1:])
 
 
 @pytest.mark.gpu
