@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpuopt.core.accepts import Accepts, device_of
@@ -19,7 +20,12 @@ from gpuopt.core.tally import Tally, tf32_flags
 from gpuopt.trust import portable
 
 FORMS = frozenset({"module", "torchscript", "exported"})
-PRESETS: dict[str, dict[str, Any]] = {}
+PRESETS: dict[str, dict[str, Any]] = {"default": {}, "cudnn-attention": {"attention": "cudnn"}}
+"""`cudnn-attention`: scaled-dot-product attention through cuDNN where it can take the call; torch's own choice on Hopper is the slower flash 2 kernel."""
+_ATTENTION = {
+    "cudnn": (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
+}
+"""Kernels in the order they are tried."""
 _OWN = frozenset({"preset", "precision", "dynamic", "trust", "signed_by_us"})
 
 
@@ -41,7 +47,7 @@ def supports(form: str, precision: Precision | None, device: str) -> str | None:
 
 def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> EagerRunner:
     """Nothing is compiled; one call finds what cannot run. `options`: `precision`, `dynamic`."""
-    _checked(options)
+    chosen = _checked(options, device_of(inputs))
     runner = EagerRunner(
         module=model.module,
         form=model.form,
@@ -49,6 +55,7 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> EagerRunn
         inputs=inputs,
         precision=options.get("precision"),
         dynamic=options.get("dynamic") or {},
+        attention=chosen.get("attention"),
     )
     runner(*inputs.args, **inputs.kwargs)
     _synchronize(runner.device)
@@ -57,8 +64,16 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> EagerRunn
 
 def load(folder: Path, files: Mapping[str, str], options: Mapping[str, Any], device: str) -> EagerRunner:
     """The exported program of a bundle, called as it is; inputs are checked against what it was exported for."""
+    chosen = _checked(options, device)
     module, accepts = portable.load(folder, files, options)
-    return EagerRunner(module=module, form="exported", device=device, precision=options.get("precision"), accepts=accepts)
+    return EagerRunner(
+        module=module,
+        form="exported",
+        device=device,
+        precision=options.get("precision"),
+        accepts=accepts,
+        attention=chosen.get("attention"),
+    )
 
 
 class EagerRunner:
@@ -74,6 +89,7 @@ class EagerRunner:
         precision: str | None = None,
         dynamic: Mapping[str, Any] | None = None,
         accepts: Accepts | None = None,
+        attention: str | None = None,
     ) -> None:
         self.device = device
         self.notes: list[str] = []
@@ -86,12 +102,16 @@ class EagerRunner:
         # an exported graph or a ScriptModule may update buffers in ways it forbids, so those get no_grad.
         self._mode: type[AbstractContextManager[Any]] = torch.inference_mode if form == "module" else torch.no_grad
         self._tf32 = tf32_flags(torch.backends, _capability(device))
+        self._kernels = list(_ATTENTION[attention]) if attention else []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own outputs."""
         if self._accepts is not None:
             self._accepts.check(args, kwargs)
-        with self._mode():
+        if not self._kernels:
+            with self._mode():
+                return self._module(*args, **kwargs)
+        with self._mode(), sdpa_kernel(self._kernels, set_priority=True):
             return self._module(*args, **kwargs)
 
     def audit(self) -> PrecisionAudit | None:
@@ -143,10 +163,14 @@ def _capability(device: str) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.startswith("cuda") else None
 
 
-def _checked(options: Mapping[str, Any]) -> None:
-    """Raises UsageError for a preset or an option that does not exist."""
-    if options.get("preset"):
-        raise UsageError(f"eager has no preset {options['preset']!r}", fix="leave it away")
+def _checked(options: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """The preset's settings. Raises UsageError for a preset or an option that does not exist, Unsupported for one that needs a GPU."""
+    preset = options.get("preset") or "default"
+    if preset not in PRESETS:
+        raise UsageError(f"eager has no preset {preset!r}", fix="one of: " + ", ".join(PRESETS))
     for key in options:
         if key not in _OWN:
             raise UsageError(f"eager has no option {key!r}", fix="it takes none")
+    if PRESETS[preset].get("attention") == "cudnn" and not device.startswith("cuda"):
+        raise Unsupported("cuDNN attention runs on an NVIDIA GPU", fix="leave the preset away")
+    return PRESETS[preset]

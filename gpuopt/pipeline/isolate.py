@@ -153,7 +153,7 @@ class Child:
         code = self._process.poll()
         self.kill()
         self._drain.join(timeout=1.0)
-        tail = last_lines(self._tail.decode(errors="replace"))
+        tail = crash_lines(self._tail.decode(errors="replace"))
         suffix = f": {tail}" if tail else ""
         if code is None:
             return ChildFailed(Status.CRASH, f"{verb}: the child closed its pipe and did not exit{suffix}")
@@ -245,6 +245,18 @@ def last_lines(text: str, *, lines: int = 3, limit: int = 600) -> str:
     """The end of a log in one line, for a reason."""
     kept = [line.strip() for line in text.splitlines() if line.strip()][-lines:]
     return " | ".join(kept)[-limit:]
+
+
+def crash_lines(text: str) -> str:
+    """What a dead child said last: the innermost Python frames where faulthandler wrote them, else the end of its stderr."""
+    _, fatal, dump = text.rpartition("Fatal Python error: ")
+    frames = [line.strip() for line in dump.splitlines() if line.lstrip().startswith("File ")] if fatal else []
+    if not frames:
+        return last_lines(text)
+    # Paths are this machine's: the part from the package on says enough.
+    short = [frame.replace('"', "").rsplit("site-packages/", 1)[-1].removeprefix("File ") for frame in frames[:4]]
+    said = last_lines(text[: text.rindex("Fatal Python error: ")], lines=1, limit=200)
+    return " < ".join(short) + (f" | {said}" if said else "")
 
 
 def _failed(failure: Failure) -> ChildFailed:

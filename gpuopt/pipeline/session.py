@@ -65,6 +65,7 @@ class Session:
         self._count: Count | None = None
         self._pack: packs.Pack | None = None
         self._notes: list[str] = []
+        self._throttled: dict[str, float] = {}
         self._precision = Precision.FP32
 
     # -- load ---------------------------------------------------------------------------------------------------------------------
@@ -360,27 +361,30 @@ class Session:
         call, clock, device = self._timed()
         before = info.throttle_counters(device)
         samples = loop.measure(call, clock, spec, progress=lambda share: self._progress(share, "timing"))
-        return self._metered(samples, spec, before)
+        return self._metered(samples, spec, _lost(before, info.throttle_counters(device)))
 
     def warm(self, spec: BenchSpec) -> facts.Measured:
         """Warm up for interleaved blocks."""
-        call, clock, device = self._timed()
-        self._throttled_before = info.throttle_counters(device)
+        call, clock, _ = self._timed()
+        self._throttled = {}
         warmup, steady = loop.warm_up(call, clock, spec)
         return facts.Measured(samples=Samples(warmup_ns=warmup, steady=steady, clock=clock.name))
 
     def block(self, spec: BenchSpec) -> facts.Measured:
-        """Time one block of an interleaved pair."""
-        call, clock, _ = self._timed()
-        return facts.Measured(samples=loop.block(call, clock, spec))
+        """Time one block of an interleaved pair. What was lost to throttling is counted over this block alone: the others are somebody else's."""
+        call, clock, device = self._timed()
+        before = info.throttle_counters(device)
+        samples = loop.block(call, clock, spec)
+        for reason, lost_ms in _lost(before, info.throttle_counters(device)).items():
+            self._throttled[reason] = self._throttled.get(reason, 0.0) + lost_ms
+        return facts.Measured(samples=samples)
 
     def meters(self, spec: BenchSpec) -> facts.Measured:
         """Memory, energy and throttling, after the interleaved blocks: none of it disturbs a clock that is running."""
-        return self._metered(Samples(), spec, self._throttled_before)
+        return self._metered(Samples(), spec, self._throttled)
 
-    def _metered(self, samples: Samples, spec: BenchSpec, throttled_before: Mapping[str, float]) -> facts.Measured:
+    def _metered(self, samples: Samples, spec: BenchSpec, throttled_ms: Mapping[str, float]) -> facts.Measured:
         call, clock, device = self._timed()
-        after = info.throttle_counters(device)
         joules = info.energy_counter(device)
         energy, power = None, None
         start = joules() if spec.energy_s > 0 else None
@@ -398,7 +402,7 @@ class Session:
             peak_bytes=memory.peak(call, device),
             energy_j_per_sample=energy,
             mean_power_w=power,
-            throttled_ms={k: v - throttled_before.get(k, 0.0) for k, v in after.items() if v > throttled_before.get(k, 0.0)},
+            throttled_ms=dict(throttled_ms),
         )
 
     def _timed(self) -> tuple[Callable[[], Any], clocks.Clock, str]:
@@ -561,7 +565,6 @@ class Session:
     _samples_value: Inputs | None = None
     _evidence: packs.Pack | None = None
     _facts: facts.Loaded | None = None
-    _throttled_before: Mapping[str, float] = {}
 
     def _batches(self) -> tuple[list[Inputs], tuple[int, ...]]:
         """Inputs to verify on: SEEDS draws of random data, or the one set that was given."""
@@ -590,6 +593,11 @@ class Session:
         if self._runner is None:
             raise AssertionError("build comes first")
         return self._runner
+
+
+def _lost(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """Milliseconds by reason between two readings of the throttle counters."""
+    return {reason: value - before.get(reason, 0.0) for reason, value in after.items() if value > before.get(reason, 0.0)}
 
 
 def layer_flops(path: Path | None, candidate: Candidate) -> dict[str, tuple[float | None, str]]:

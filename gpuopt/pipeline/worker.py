@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import faulthandler
 import json
 import os
 import signal
@@ -121,6 +122,7 @@ def _first_line(error: BaseException) -> str:
 
 def main() -> None:
     """Entry point of the child."""
+    faulthandler.enable()  # a crash in native code then says which Python line called it
     # The parent's death must be this process's too, however it comes (kill -9 included).
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

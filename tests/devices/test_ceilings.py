@@ -245,7 +245,6 @@ def test_a_real_gpu_is_measured_below_its_data_sheet_and_in_under_half_a_minute(
             "bf16": 792e12,
             "tf32": 387e12,
             "fp32": 51e12,
-            "fp8_tensor": 1350e12,
             "fp8_row": 1502e12,
             "copy": 4261e9,
             "h2d": 55.5e9,
