@@ -21,12 +21,14 @@ from typing import Any
 import torch
 
 from gpuopt.bundles import write as bundle_writer
-from gpuopt.core.errors import GateFailed, UsageError
+from gpuopt.core import binding
+from gpuopt.core.errors import GateFailed, GpuoptError, Unsupported, UsageError
 from gpuopt.core.live import Inputs, Model
 from gpuopt.core.result import SCHEMA_VERSION, Count, Report, Run, Samples, Status
 from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, ModelRef, Precision, TensorSpec, Tolerance, Transforms
 from gpuopt.pipeline import facts, figures, manifests, pairs
 from gpuopt.pipeline.session import Session
+from gpuopt.pipeline.worker import classify
 
 PRACTICAL_THRESHOLD = 0.02
 
@@ -50,10 +52,10 @@ def profile(
     candidate = _candidate(backend, precision, device)
     with _session(model, inputs, candidate) as (session, run):
         made = session.build()
-        run = figures.built(run, made, candidate)
+        run = _required(figures.built(run, made, candidate))
         run = figures.measured(run, session.measure(spec), found.device, made.count)
         assert run.latency_ms is not None
-        run = figures.profiled(run, session.profile(found.device, run.wall_ms or run.latency_ms.median, depth))
+        run = figures.profiled(run, session.profile(found.device, run.latency_ms.median, depth))
     return _report("profile", found, [run])
 
 
@@ -67,25 +69,37 @@ def bench(
     spec: BenchSpec | None = None,
     tolerance: Tolerance | None = None,
 ) -> Report:
-    """Verified times of every backend x precision, in interleaved blocks. `backends` are written as on the command line: `inductor:max-autotune`."""
+    """Verified times of every backend x precision, in interleaved blocks. `backends` are written as on the command line: `inductor:max-autotune`.
+
+    One that cannot be, or fails its verification, is a run with its status and reason, and the others go on; where all fail with an error, it is raised.
+    """
     spec, tolerance = spec or BenchSpec(), tolerance or Tolerance()
     found = _survey(device)
     runs: list[Run] = []
     counts: list[Count | None] = []
+    errors: list[GpuoptError] = []
     live: list[tuple[int, Session]] = []
+    given = _live(model, inputs)
     with _closing(live):
         for precision in precisions:
             for backend in backends:
                 session = Session()
                 candidate = _candidate(backend, precision, device)
                 live.append((len(runs), session))
-                run = figures.loaded(figures.started(candidate), session.adopt(candidate, *_live(model, inputs)))
-                made = session.build()
-                counts.append(made.count)
-                run = figures.built(run, made, candidate)
-                if run.status is Status.OK and spec.verify != "off":
-                    run = figures.verified(run, session.verify(tolerance, spec.verify))
+                run, count = figures.started(candidate), None
+                try:
+                    run = figures.loaded(run, session.adopt(candidate, *given))
+                    made = session.build()
+                    run, count = figures.built(run, made, candidate), made.count
+                    if run.status is Status.OK and spec.verify != "off":
+                        run = figures.verified(run, session.verify(tolerance, spec.verify))
+                except GpuoptError as error:
+                    errors.append(error)
+                    run = figures.failed(run, classify(error, "build"), error.message, error.fix)
                 runs.append(run)
+                counts.append(count)
+        if errors and len(errors) == len(runs):
+            raise errors[0]
         timed = {index: session for index, session in live if runs[index].status is Status.OK}
         samples = {index: session.warm(spec).samples for index, session in timed.items()}
         sides: dict[int, Callable[[], Samples]] = {i: (lambda s=s: s.block(spec).samples) for i, s in timed.items()}  # type: ignore[misc]
@@ -114,10 +128,8 @@ def convert(
     change = Transforms(channels_last=channels_last, fold_batch_norm=fold_batch_norm, keep_fp32=tuple(keep_fp32))
     candidate = replace(_candidate("eager", precision, "cpu"), transforms=change)
     with _session(model, inputs, candidate) as (session, run):
-        run = figures.built(run, session.build(), candidate)
-        run = figures.verified(run, session.verify(tolerance or Tolerance()))
-        if run.status is not Status.OK:
-            raise GateFailed(run.reason, fix=run.fix)
+        run = _required(figures.built(run, session.build(), candidate))
+        _required(figures.verified(run, session.verify(tolerance or Tolerance())))
         module: torch.nn.Module = session.changed_module()
         return module
 
@@ -142,9 +154,8 @@ def compile(
     candidate = _candidate(backend, precision, device)
     with _session(model, inputs, candidate) as (session, run):
         made = session.build()
-        run = figures.verified(figures.built(run, made, candidate), session.verify(tolerance or Tolerance()))
-        if run.status is not Status.OK:
-            raise GateFailed(run.reason, fix=run.fix)
+        run = _required(figures.built(run, made, candidate))
+        run = _required(figures.verified(run, session.verify(tolerance or Tolerance())))
         run = figures.measured(run, session.measure(spec), found.device, made.count)
         with bundle_writer.staging(target, force=force) as folder:
             saved = session.save(str(folder))
@@ -156,9 +167,15 @@ def load(bundle: str | Path, *, device: str = "auto", trust: Sequence[str] = ())
     """A bundle -> a callable that checks shapes, dtypes and devices before it runs. Close it with `.close()`, or let the process end."""
     session = Session()
     candidate = Candidate(model=ModelRef(text=str(bundle), trust=tuple(trust)), device=device)
-    session.load(candidate)
-    session.build()
-    return Loaded(session)
+    try:
+        found = session.load(candidate)
+        if found.form != "bundle":
+            raise UsageError(f"{bundle} is no bundle", fix="gpuopt.compile(model, inputs, output=FOLDER) writes one")
+        session.build()
+        return Loaded(session)
+    except BaseException:
+        session.close()
+        raise
 
 
 class Loaded:
@@ -167,14 +184,27 @@ class Loaded:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._runner = session.runner()
+        names, self._positional = session.call_form()
+        self._names = names
+        self._keywords = frozenset(names[self._positional :])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run once, without gradients."""
+        """Run once, without gradients. Inputs may be given by position or by name, however the artifact itself takes them."""
+        if len(args) != self._positional or kwargs.keys() != self._keywords:
+            bound = list(binding.bind(self._names, args, kwargs).items())
+            args, kwargs = tuple(value for _, value in bound[: self._positional]), dict(bound[self._positional :])
         return self._runner(*args, **kwargs)
 
     def close(self) -> None:
         """Give back device memory."""
         self._session.close()
+
+
+def _required(run: Run) -> Run:
+    """The run where it is still ok; its verdict as an error where it is not. Raises Unsupported, GateFailed."""
+    if run.status is Status.OK:
+        return run
+    raise (Unsupported if run.status is Status.UNSUPPORTED else GateFailed)(run.reason, fix=run.fix)
 
 
 @contextmanager
@@ -191,7 +221,7 @@ def _closing(live: list[tuple[int, Session]]) -> Iterator[None]:
     try:
         yield
     finally:
-        for _, session in live:
+        for _, session in reversed(live):  # each puts back the precision switches it found
             session.close()
 
 
@@ -219,15 +249,24 @@ def _live(module: torch.nn.Module, inputs: Any) -> tuple[Model, Inputs]:
         specs = tuple(TensorSpec(name=n, dtype=str(v.dtype).removeprefix("torch."), shape=tuple(v.shape)) for n, v in named)
         batch = named[0][1].shape[0] if named and named[0][1].dim() else 1
         bound = Inputs(args=args, kwargs=kwargs, specs=specs, dims={"N": batch}, source="the caller's tensors")
-    was_training = module.training
+    was_training = any(part.training for part in module.modules())
+    notes = ["the model is in training mode: a copy in eval mode is used"] if was_training else []
+    try:
+        # Always a copy: the original must not move to another device, nor keep tensors that were made without gradients.
+        copied = copy.deepcopy(module).eval()
+    except (RuntimeError, TypeError) as error:  # weight norm, locks, open files
+        if was_training:
+            raise Unsupported(f"the model cannot be copied, and it is in training mode: {error}", fix="model.eval() first") from error
+        copied = module
+        notes.append(f"the model cannot be copied, it is used itself: {error}")
     floats = [p.dtype for p in module.parameters() if p.is_floating_point()]
     model = Model(
         form="module",
         name=type(module).__name__,
-        module=copy.deepcopy(module).eval() if was_training else module,
+        module=copied,
         dtype=str(max(set(floats), key=floats.count)).removeprefix("torch.") if floats else "float32",
         num_parameters=sum(p.numel() for p in module.parameters()),
-        notes=["the model is in training mode: a copy in eval mode is used"] if was_training else [],
+        notes=notes,
     )
     return model, bound
 

@@ -37,18 +37,32 @@ def main() -> None:
     precision = ("--precision", "fp16") if is_gpu else ()
     backend = "inductor:max-autotune-freezing" if is_gpu else "inductor:freezing"
     layout = ("--channels-last", "--fold-bn")
+    time_limit = ("--max-time", "4s")
 
     # A file as people have them: a pickled module.
     file = OUT / "resnet101.pt"
     torch.save(models.resnet101(), file)
 
     run("device")
-    run("profile", str(file), "--batch", images, *precision, "--json", str(OUT / "resnet101-profile.json"))
-    run("compile", str(file), "--backend", backend, "--batch", images, *precision, *layout, "-o", str(OUT / "resnet101-fast"), "--force")
-    run("bench", str(OUT / "resnet101-fast"), "--json", str(OUT / "resnet101-fast.json"))
+    run("profile", str(file), "--batch", images, *precision, *time_limit, "--json", str(OUT / "resnet101-profile.json"))
+    run(
+        "compile",
+        str(file),
+        "--backend",
+        backend,
+        "--batch",
+        images,
+        *precision,
+        *layout,
+        *time_limit,
+        "-o",
+        str(OUT / "resnet101-fast"),
+        "--force",
+    )
+    run("bench", str(OUT / "resnet101-fast"), *time_limit, "--json", str(OUT / "resnet101-fast.json"))
     bert = ("gpuopt.models:bert_large", "--batch", texts, "--dim", f"S={words}")
-    run("profile", *bert, *precision, "--json", str(OUT / "bert-large-profile.json"))
-    run("bench", *bert, *precision, "--backend", "eager", "--backend", "ort", "--json", str(OUT / "bert-large.json"))
+    run("profile", *bert, *precision, *time_limit, "--json", str(OUT / "bert-large-profile.json"))
+    run("bench", *bert, *precision, "--backend", "eager", "--backend", "ort", *time_limit, "--json", str(OUT / "bert-large.json"))
     run("report", str(OUT / "resnet101-profile.json"), "--format", "html", "--output", str(OUT / "resnet101-profile.html"))
     print(f"\nReports and the bundle are in {OUT}/; open {OUT}/resnet101-profile.html in a browser.")
 

@@ -41,18 +41,25 @@ def table(name: str) -> str:
 def row(run: Run) -> str:
     """One run; a run that has no times says why."""
     what = " ".join(
-        [run.precision or "", run.backend + (f":{run.preset}" if run.preset else ""), *run.transforms, *(["host inputs"] if run.input_mode == "host" else [])]
+        [
+            run.precision or "",
+            run.backend + (f":{run.preset}" if run.preset else ""),
+            *run.transforms,
+            *(["host inputs"] if run.input_mode == "host" else []),
+        ]
     )
     if run.status is not Status.OK or run.latency_ms is None:
-        return f"| {what} | {run.batch} | {run.status}: {run.reason.replace('|', '/')[:120]} | | | | | | |"
+        # A crash quotes the end of a log: its first two clauses are the answer, the rest stays in the report.
+        reason = ": ".join(run.reason.split(": ")[:2]) if run.status is Status.CRASH else run.reason
+        return f"| {what} | {run.batch} | {run.status}: {reason.replace('|', '/')[:120]} | | | | | | |"
     relative = run.relative.ratio if run.relative else 1.0
     error = run.accuracy.relative_rmse if run.accuracy else None
     cells = [
         what,
         str(run.batch),
         f"{run.latency_ms.median:.4g}",
-        f"{run.samples_per_s:.4g}" if run.samples_per_s else "",
-        f"{run.tflops:.4g}" if run.tflops else "",
+        f"{run.samples_per_s:,.0f}" if run.samples_per_s else "",
+        f"{run.tflops:.1f}" if run.tflops else "",
         f"{run.pct_of_measured:.1f}%" if run.pct_of_measured else "",
         f"{run.pct_of_spec:.1f}%" if run.pct_of_spec else "",
         f"{relative:.2f}x",

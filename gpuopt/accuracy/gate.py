@@ -130,7 +130,7 @@ def spread_of(
     largest: dict[str, float] = {}
     for batch, first in zip(batches, outputs, strict=True):
         given = batch.map(
-            lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None) if isinstance(t, torch.Tensor) else t
+            lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None, copy=True) if isinstance(t, torch.Tensor) else t
         )
         again = measure.flatten(call(*given.args, **given.kwargs))
         for name, value in measure.spread(first, again).items():

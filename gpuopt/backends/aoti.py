@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from gpuopt.core.accepts import Accepts, device_of
-from gpuopt.core.errors import Unsupported, UsageError
+from gpuopt.core.errors import Unsupported
 from gpuopt.core.live import Inputs, Model
 from gpuopt.core.result import PrecisionAudit
 from gpuopt.core.spec import Precision
-from gpuopt.core.tally import Tally, tf32_flags
-from gpuopt.trust import gate, portable
+from gpuopt.core.tally import Tally
+from gpuopt.programs import artifact, cuda, inductor
+from gpuopt.programs.export import export
+from gpuopt.programs.weigh import tally_for
+from gpuopt.trust import gate
 
 FORMS = frozenset({"module", "exported"})
 
@@ -32,7 +34,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Inductor's own settings."""
 
 PACKAGE = "model.aoti.pt2"
-_QUIET = {"autotune_num_choices_displayed": 0}
 _OWN = frozenset({"preset", "precision", "dynamic", "trust", "signed_by_us"})
 _ALIGN_BYTES = 16
 """Inductor's kernels use 16-byte loads on a GPU and, in a package, take the alignment of every input for granted."""
@@ -40,15 +41,9 @@ _ALIGN_BYTES = 16
 
 def available(device: str) -> str | None:
     """Why it cannot run here, or None."""
-    from torch._inductor import cpp_builder, exc
-
     if device.startswith("cuda") and not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    try:
-        cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler:
-        return "AOTInductor needs a C++ compiler to build a package and finds none: install g++"
-    return None
+    return None if inductor.has_cpp_compiler() else "AOTInductor needs a C++ compiler to build a package and finds none: install g++"
 
 
 def supports(form: str, precision: Precision | None, device: str) -> str | None:
@@ -76,7 +71,7 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> PackageRu
     device = device_of(inputs)
     accepts = Accepts.of(inputs, ranges, align_bytes=_ALIGN_BYTES if device.startswith("cuda") else 1)
     single = _single(ranges)
-    reader = _Reader(Tally(**tf32_flags(torch.backends, _capability(device))))
+    reader = inductor.GraphReader(tally_for(device))
     folder = Path(tempfile.mkdtemp(prefix="gpuopt-aoti-"))  # 0700: what lies here is about to be run
     try:
         above = {name: (max(2, low) if name == single else low, high) for name, (low, high) in ranges.items()}
@@ -90,7 +85,7 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> PackageRu
             calls=calls, accepts=accepts, device=device, packages=packages, folder=folder, reader=reader, precision=options.get("precision")
         )
         runner(*inputs.args, **inputs.kwargs)
-        _synchronize(device)
+        cuda.synchronize(device)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -99,9 +94,9 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> PackageRu
 
 def load(folder: Path, files: Mapping[str, str], options: Mapping[str, Any], device: str) -> PackageRunner:
     """A bundle's packages, as they are. `options`: `trust` and `signed_by_us`, which the gate asks for."""
-    accepts = portable.read_accepts(folder, files)
+    accepts = artifact.read_accepts(folder, files)
     packages = {role.partition(":")[2].partition("=")[0]: folder / name for role, name in files.items() if role.partition(":")[0] == "aoti"}
-    calls = {k: gate.load_aoti(path, **portable.consent(options), device_index=_index(device)) for k, path in packages.items()}
+    calls = {k: gate.load_aoti(path, **artifact.consent(options), device_index=_index(device)) for k, path in packages.items()}
     return PackageRunner(calls=calls, accepts=accepts, device=_indexed(device), packages=packages, precision=options.get("precision"))
 
 
@@ -116,7 +111,7 @@ class PackageRunner:
         device: str,
         packages: Mapping[str, Path],
         folder: Path | None = None,
-        reader: _Reader | None = None,
+        reader: inductor.GraphReader | None = None,
         precision: str | None = None,
     ) -> None:
         self.device = device
@@ -150,8 +145,8 @@ class PackageRunner:
         for letter, package in self._packages.items():
             shutil.copyfile(package, folder / package.name)
             files[f"aoti:{letter}=1" if letter else "aoti"] = package.name
-        portable.write_accepts(self.accepts, folder)
-        return {**files, "accepts": portable.ACCEPTS}
+        artifact.write_accepts(self.accepts, folder)
+        return {**files, "accepts": artifact.ACCEPTS}
 
     def close(self) -> None:
         """Let go of the code and remove the temporary packages."""
@@ -169,9 +164,14 @@ class PackageRunner:
 
 
 def _package(
-    module: torch.nn.Module, inputs: Inputs, ranges: Mapping[str, tuple[int, int]], path: Path, settings: Mapping[str, Any], reader: _Reader
+    module: torch.nn.Module,
+    inputs: Inputs,
+    ranges: Mapping[str, tuple[int, int]],
+    path: Path,
+    settings: Mapping[str, Any],
+    reader: inductor.GraphReader,
 ) -> Path:
-    program = portable.export(module, inputs, ranges)
+    program = export(module, inputs, ranges)
     with torch.no_grad():
         written = torch._inductor.aoti_compile_and_package(
             program, package_path=str(path), inductor_configs={**settings, "post_grad_custom_post_pass": reader}
@@ -216,41 +216,10 @@ def _narrowed(inputs: Inputs, letter: str) -> Inputs:
     return Inputs(args=tuple(bound[:count]), kwargs=dict(zip(inputs.kwargs, bound[count:], strict=True)), specs=inputs.specs)
 
 
-class _Reader(CustomGraphPass):
-    """Looks at each post-grad graph and changes nothing."""
-
-    def __init__(self, tally: Tally) -> None:
-        self.tally = tally
-        self.num_graphs = 0
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        self.num_graphs += 1
-        self.tally.add_graph(graph)
-
-    def __deepcopy__(self, memo: Any) -> _Reader:
-        """AOTInductor deep-copies its settings: what a copy reads would be lost."""
-        return self
-
-    def uuid(self) -> None:
-        """None keeps this compile out of Inductor's graph cache: a hit would skip the reading."""
-        return None
-
-
 def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
-    preset = options.get("preset") or "default"
-    if preset not in PRESETS:
-        raise UsageError(f"aoti has no preset {preset!r}", fix="one of: " + ", ".join(PRESETS))
-    settings = {**_QUIET, **PRESETS[preset]}
-    known = torch._inductor.config.get_config_copy()
-    for key, value in options.items():
-        if key in _OWN:
-            continue
-        if key not in known:
-            raise UsageError(f"aoti has no option {key!r}", fix="a name in torch._inductor.config")
-        if key == "triton.cudagraphs" and value:
-            raise Unsupported("a package cannot hold CUDA graphs", fix="use --backend inductor with the preset reduce-overhead")
-        settings[key] = value
-    return settings
+    if options.get("triton.cudagraphs"):
+        raise Unsupported("a package cannot hold CUDA graphs", fix="use --backend inductor with the preset reduce-overhead")
+    return inductor.settings("aoti", PRESETS, options, own=_OWN)
 
 
 def _index(device: str) -> int:
@@ -261,12 +230,3 @@ def _index(device: str) -> int:
 def _indexed(device: str) -> str:
     """`cuda` as tensors spell it."""
     return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-
-
-def _capability(device: str) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.startswith("cuda") else None

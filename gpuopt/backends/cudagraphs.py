@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpuopt.core.accepts import Accepts
 from gpuopt.core.errors import Unsupported, UsageError
 from gpuopt.core.live import Inputs, Model
 from gpuopt.core.result import PrecisionAudit
 from gpuopt.core.spec import Precision
-from gpuopt.core.tally import Tally, tf32_flags
-from gpuopt.trust import portable
+from gpuopt.core.tally import Tally
+from gpuopt.programs import artifact
+from gpuopt.programs.plain import copied, plain
+from gpuopt.programs.sample import zeros
+from gpuopt.programs.weigh import Weigh, tally_for
 
 FORMS = frozenset({"module", "torchscript", "exported"})
 PRESETS: dict[str, dict[str, Any]] = {}
@@ -58,8 +60,8 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> GraphRunn
 
 def load(folder: Path, files: Mapping[str, str], options: Mapping[str, Any], device: str) -> GraphRunner:
     """Record again from the exported program of a bundle: a recorded graph cannot be written to a file."""
-    module, accepts = portable.load(folder, files, options)
-    args, kwargs = portable.zeros(accepts)
+    module, accepts = artifact.load(folder, files, options)
+    args, kwargs = zeros(accepts)
     runner = _record(module, Inputs(args=args, kwargs=kwargs), options)
     runner.accepts = Accepts(inputs=accepts.inputs, positional=accepts.positional, any_layout=True)
     runner.notes.append("recorded again from the exported program of the bundle")
@@ -103,7 +105,7 @@ class GraphRunner:
                 if tensor is not buffer:
                     buffer.copy_(tensor, non_blocking=True)
             self._graph.replay()
-            return portable.copied(self._outputs) if self._copies else self._outputs
+            return copied(self._outputs) if self._copies else self._outputs
 
     @property
     def static_inputs(self) -> tuple[torch.Tensor, ...]:
@@ -118,7 +120,7 @@ class GraphRunner:
         """The module as an exported program, to be recorded where it is opened. Raises Unsupported where it cannot be exported."""
         if self._inputs is None or isinstance(self._module, torch.jit.ScriptModule):
             raise Unsupported("a CUDA graph lives in its process and this one has no exportable source", fix="ship the source file itself")
-        return portable.save(self._module, self._inputs, None, folder)
+        return artifact.save(self._module, self._inputs, None, folder)
 
     def close(self) -> None:
         """Free the graph and its memory pool."""
@@ -137,7 +139,7 @@ def _record(module: Any, inputs: Inputs, options: Mapping[str, Any]) -> GraphRun
     device = static[0].device
     args = static[: len(inputs.args)]
     kwargs = dict(zip(inputs.kwargs, static[len(inputs.args) :], strict=True))
-    tally = Tally(**tf32_flags(torch.backends, _capability(str(device))))
+    tally = tally_for(str(device))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.no_grad():
         stream = torch.cuda.Stream(device)
@@ -148,8 +150,8 @@ def _record(module: Any, inputs: Inputs, options: Mapping[str, Any]) -> GraphRun
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.synchronize(device)
         try:
-            with torch.cuda.graph(graph, stream=stream), _Weigh(tally):
-                outputs = portable.plain(module(*args, **kwargs))
+            with torch.cuda.graph(graph, stream=stream), Weigh(tally):
+                outputs = plain(module(*args, **kwargs))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -166,28 +168,9 @@ def _record(module: Any, inputs: Inputs, options: Mapping[str, Any]) -> GraphRun
     return GraphRunner(module=module, inputs=inputs, static=static, graph=graph, outputs=outputs, tally=tally, options=options)
 
 
-class _Weigh(TorchDispatchMode):
-    """Hands every dispatched op to a tally."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, tally: Tally) -> None:
-        super().__init__()
-        self._tally = tally
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self._tally.add(str(func), args, kwargs or {}, out)
-        return out
-
-
 def _buffer(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in memory of its own, strides kept: the caller's tensors must not change under later calls."""
     return torch.empty_like(tensor, memory_format=torch.preserve_format).copy_(tensor)
-
-
-def _capability(device: str) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.startswith("cuda") else None
 
 
 def _checked(options: Mapping[str, Any]) -> None:

@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpuopt.core.accepts import Accepts, device_of
 from gpuopt.core.errors import Unsupported, UsageError
 from gpuopt.core.live import Inputs, Model
 from gpuopt.core.result import PrecisionAudit
 from gpuopt.core.spec import Precision
-from gpuopt.core.tally import Tally, tf32_flags
-from gpuopt.trust import portable
+from gpuopt.core.tally import Tally
+from gpuopt.programs import artifact, cuda
+from gpuopt.programs.weigh import Weigh, tally_for
 
 FORMS = frozenset({"module", "torchscript", "exported"})
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "cudnn-attention": {"attention": "cudnn"}}
-"""`cudnn-attention`: scaled-dot-product attention through cuDNN where it can take the call; torch's own choice on Hopper is the slower flash 2 kernel."""
+"""`cudnn-attention`: scaled-dot-product attention through cuDNN where it can take the call. Not faster as a rule: see docs/evidence.md; it is there to be measured."""
 _ATTENTION = {
     "cudnn": (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
 }
@@ -58,14 +58,14 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> EagerRunn
         attention=chosen.get("attention"),
     )
     runner(*inputs.args, **inputs.kwargs)
-    _synchronize(runner.device)
+    cuda.synchronize(runner.device)
     return runner
 
 
 def load(folder: Path, files: Mapping[str, str], options: Mapping[str, Any], device: str) -> EagerRunner:
     """The exported program of a bundle, called as it is; inputs are checked against what it was exported for."""
     chosen = _checked(options, device)
-    module, accepts = portable.load(folder, files, options)
+    module, accepts = artifact.load(folder, files, options)
     return EagerRunner(
         module=module,
         form="exported",
@@ -101,7 +101,6 @@ class EagerRunner:
         # inference_mode skips version counters and view tracking, which is worth 5-10% of a launch-bound forward;
         # an exported graph or a ScriptModule may update buffers in ways it forbids, so those get no_grad.
         self._mode: type[AbstractContextManager[Any]] = torch.inference_mode if form == "module" else torch.no_grad
-        self._tf32 = tf32_flags(torch.backends, _capability(device))
         self._kernels = list(_ATTENTION[attention]) if attention else []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +119,7 @@ class EagerRunner:
             return None
         given = self._inputs
         # Not inference_mode: there, composite ops arrive whole and hide the casts inside them.
-        with torch.no_grad(), _Weigh(Tally(**self._tf32)) as weigh:
+        with torch.no_grad(), Weigh(tally_for(self.device)) as weigh:
             self._module(*given.args, **given.kwargs)
         tally: Tally = weigh.tally
         return tally.audit(self._precision, "aten dispatch of one call")
@@ -131,36 +130,12 @@ class EagerRunner:
             raise Unsupported("a bundle that was loaded is not saved again", fix="copy its folder")
         if isinstance(self._module, torch.jit.ScriptModule):
             raise Unsupported("a ScriptModule has no exported program", fix="ship the TorchScript file itself")
-        return portable.save(self._module, self._inputs, self._dynamic, folder)
+        return artifact.save(self._module, self._inputs, self._dynamic, folder)
 
     def close(self) -> None:
         """Let go of the module and its inputs."""
         self._module = None
         self._inputs = None
-
-
-class _Weigh(TorchDispatchMode):
-    """Hands every dispatched op to a tally."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, tally: Tally) -> None:
-        super().__init__()
-        self.tally = tally
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.tally.add(str(func), args, kwargs or {}, out)
-        return out
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-
-
-def _capability(device: str) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.startswith("cuda") else None
 
 
 def _checked(options: Mapping[str, Any], device: str) -> dict[str, Any]:

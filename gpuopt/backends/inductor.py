@@ -13,15 +13,17 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
-from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from gpuopt.core.accepts import device_of
-from gpuopt.core.errors import Unsupported, UsageError
+from gpuopt.core.errors import Unsupported
 from gpuopt.core.live import Inputs, Model
 from gpuopt.core.result import PrecisionAudit
 from gpuopt.core.spec import Precision
-from gpuopt.core.tally import Tally, tf32_flags
-from gpuopt.trust import portable
+from gpuopt.programs import artifact, cuda
+from gpuopt.programs import inductor as compiler
+from gpuopt.programs.plain import copied, plain
+from gpuopt.programs.sample import widened, zeros
+from gpuopt.programs.weigh import tally_for
 
 FORMS = frozenset({"module", "exported"})
 
@@ -37,8 +39,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Inductor's own settings; the first four are torch.compile's modes. `freezing` folds weights (batch norm into convolutions) and wants inference."""
 
-_QUIET = {"autotune_num_choices_displayed": 0}
-"""max-autotune prints a table for every product otherwise."""
 _OWN = frozenset({"preset", "precision", "dynamic", "static_outputs", "fullgraph", "trust", "signed_by_us"})
 
 
@@ -51,7 +51,7 @@ def available(device: str) -> str | None:
             major, minor = torch.cuda.get_device_capability(device)
             return f"Triton needs compute capability 7.0, this is {major}.{minor}"
         return None if _has_triton() else "the package triton is missing"
-    return _no_compiler()
+    return None if compiler.has_cpp_compiler() else "Inductor needs a C++ compiler on a CPU and finds none: install g++"
 
 
 def supports(form: str, precision: Precision | None, device: str) -> str | None:
@@ -86,11 +86,11 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> InductorR
 
 def load(folder: Path, files: Mapping[str, str], options: Mapping[str, Any], device: str) -> InductorRunner:
     """Compile a bundle's exported program again: Inductor's kernels are not shipped, its graph is."""
-    module, accepts = portable.load(folder, files, options)
+    module, accepts = artifact.load(folder, files, options)
     settings, notes = _settings(options, device)
     runner = InductorRunner(module=module, device=device, settings=settings, options=options, inputs=None, dynamic={})
     runner.notes += [*notes, "compiled again from the exported program of the bundle"]
-    args, kwargs = portable.zeros(accepts)
+    args, kwargs = zeros(accepts)
     runner.compile(Inputs(args=args, kwargs=kwargs))
     runner.accepts = accepts
     return runner
@@ -117,7 +117,7 @@ class InductorRunner:
         self._inputs = inputs
         self._dynamic = dict(dynamic)
         self._precision = options.get("precision")
-        self._reader = _Reader(Tally(**tf32_flags(torch.backends, _capability(device))))
+        self._reader = compiler.GraphReader(tally_for(device))
         self._graphs = bool(settings.get("triton.cudagraphs"))
         self._copies = self._graphs and not options.get("static_outputs", False)
         self._skipped = 0
@@ -135,7 +135,7 @@ class InductorRunner:
                 return self._call(*args, **kwargs)
             torch.compiler.cudagraph_mark_step_begin()
             out = self._call(*args, **kwargs)
-            return portable.copied(portable.plain(out)) if self._copies else out
+            return copied(plain(out)) if self._copies else out
 
     def compile(self, inputs: Inputs) -> None:
         """First calls: everything that compiles, warms up or records a graph happens here, and what it gave up on is noted."""
@@ -143,12 +143,12 @@ class InductorRunner:
         # The limit is kept by code object: a process that compiles one class many times (a search, a test) would end in silent eager.
         with _skip_reasons() as reasons, torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
             if self._dynamic:
-                sample = _marked(portable.widened(inputs, {k: (int(v[0]), int(v[1])) for k, v in self._dynamic.items()}), self._dynamic)
+                sample = _marked(widened(inputs, {k: (int(v[0]), int(v[1])) for k, v in self._dynamic.items()}), self._dynamic)
                 self(*sample.args, **sample.kwargs)
             # CUDA graph trees warm up in the first call, record in the second and replay from the third on.
             for _ in range(3 if self._graphs else 1):
                 self(*inputs.args, **inputs.kwargs)
-            _synchronize(self.device)
+            cuda.synchronize(self.device)
         breaks, skips = _since(before)
         if breaks:
             total = sum(breaks.values())
@@ -176,7 +176,7 @@ class InductorRunner:
         """The source graph, to be compiled again where it is opened. Raises Unsupported where the module cannot be exported."""
         if self._inputs is None:
             raise Unsupported("a bundle that was loaded is not saved again", fix="copy its folder")
-        return portable.save(self._module, self._inputs, self._dynamic, folder)
+        return artifact.save(self._module, self._inputs, self._dynamic, folder)
 
     def close(self) -> None:
         """Let go of the module and its compiled code. Dynamo is not reset: that would make every other runner of this process compile again."""
@@ -185,43 +185,18 @@ class InductorRunner:
         self._inputs = None
 
 
-class _Reader(CustomGraphPass):
-    """Looks at each post-grad graph and changes nothing."""
-
-    def __init__(self, tally: Tally) -> None:
-        self.tally = tally
-        self.num_graphs = 0
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        self.num_graphs += 1
-        self.tally.add_graph(graph)
-
-    def uuid(self) -> None:
-        """None keeps this compile out of Inductor's graph caches: a hit would skip the reading, and would report a cached compile time as if it were one."""
-        return None
-
-
 def _settings(options: Mapping[str, Any], device: str) -> tuple[dict[str, Any], list[str]]:
     """Inductor settings of a preset plus the user's own, and what had to be left out. Raises UsageError and Unsupported."""
+    settings = compiler.settings("inductor", PRESETS, options, own=_OWN, names="static_outputs, fullgraph, or ")
     preset = options.get("preset") or "default"
-    if preset not in PRESETS:
-        raise UsageError(f"inductor has no preset {preset!r}", fix="one of: " + ", ".join(PRESETS))
-    settings = {**_QUIET, **PRESETS[preset]}
     notes = []
-    if settings.get("triton.cudagraphs") and not device.startswith("cuda"):
+    if PRESETS[preset].get("triton.cudagraphs") and not device.startswith("cuda"):
         if preset.endswith("reduce-overhead"):
             raise Unsupported(
                 f"preset {preset} means CUDA graphs, and the model is on {device}", fix="use --device cuda, or the preset default"
             )
         del settings["triton.cudagraphs"]
         notes.append(f"{preset} without CUDA graphs: the model is on {device}")
-    known = torch._inductor.config.get_config_copy()
-    for key, value in options.items():
-        if key in _OWN:
-            continue
-        if key not in known:
-            raise UsageError(f"inductor has no option {key!r}", fix="static_outputs, fullgraph, or a name in torch._inductor.config")
-        settings[key] = value
     return settings, notes
 
 
@@ -229,7 +204,7 @@ def _marked(inputs: Inputs, dynamic: Mapping[str, Any]) -> Inputs:
     """The same storage under new tensor objects whose dynamic dimensions are marked: marks stay out of the caller's tensors."""
     bound = [*inputs.args, *inputs.kwargs.values()]
     for index, spec in enumerate(inputs.specs[: len(bound)]):
-        axes = [(axis, d) for axis, d in enumerate(spec.shape) if isinstance(d, str) and d in dynamic]
+        axes = [(axis, d) for axis, d in enumerate(spec.shape) if isinstance(d, str) and d in dynamic and dynamic[d][0] < dynamic[d][1]]
         if axes:
             bound[index] = bound[index].detach()
         for axis, letter in axes:
@@ -281,23 +256,3 @@ def _has_triton() -> bool:
     from torch.utils._triton import has_triton
 
     return bool(has_triton())
-
-
-def _no_compiler() -> str | None:
-    """Inductor on a CPU writes C++: asks for the compiler it would use."""
-    from torch._inductor import cpp_builder, exc
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler:
-        return "Inductor needs a C++ compiler on a CPU and finds none: install g++"
-    return None
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-
-
-def _capability(device: str) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.startswith("cuda") else None

@@ -30,7 +30,8 @@ from gpuopt.core.errors import Unavailable, Unsupported, UsageError
 from gpuopt.core.live import Inputs, Model
 from gpuopt.core.result import PrecisionAudit
 from gpuopt.core.spec import Precision
-from gpuopt.trust import portable
+from gpuopt.programs import artifact
+from gpuopt.programs.plain import plain
 
 FORMS = frozenset({"module", "torchscript", "exported"})
 PRESETS: dict[str, dict[str, Any]] = {}
@@ -63,7 +64,7 @@ def load(folder: Path, files: Mapping[str, str], options: Mapping[str, Any], dev
     merged = {**saved, **{k: v for k, v in options.items() if v is not None}}
     _checked(merged)
     _strike(merged, "load")
-    module, accepts = portable.load(folder, files, options)
+    module, accepts = artifact.load(folder, files, options)
     return NullRunner(module=module, inputs=None, options=merged, accepts=accepts)
 
 
@@ -96,7 +97,7 @@ class NullRunner:
         with torch.no_grad():
             out = self._module(*args, **kwargs)
             if self._lie is not None and self.num_calls > self._after:
-                out = self._lie(portable.plain(out), [*args, *kwargs.values()], self.num_calls)
+                out = self._lie(plain(out), [*args, *kwargs.values()], self.num_calls)
         _sleep_until(entered + self._sleep_ns)
         return out
 
@@ -118,7 +119,7 @@ class NullRunner:
             raise Unsupported("this null runner has nothing to ship", fix="build it from a module")
         kept = {k: v for k, v in self._options.items() if k not in ("trust", "signed_by_us", "dynamic")}
         (folder / "null.json").write_text(json.dumps(kept, sort_keys=True), encoding="utf-8")
-        return {**portable.save(self._module, self._inputs, self._options.get("dynamic"), folder), "null": "null.json"}
+        return {**artifact.save(self._module, self._inputs, self._options.get("dynamic"), folder), "null": "null.json"}
 
     def close(self) -> None:
         """Let go of the module."""

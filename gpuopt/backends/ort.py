@@ -17,6 +17,7 @@ import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from gpuopt.core import binding
+from gpuopt.core.accepts import dtype_name
 from gpuopt.core.errors import BadInput, OutOfMemory, Unavailable, Unsupported, UsageError
 from gpuopt.core.live import Inputs, Model, Runner
 from gpuopt.core.result import PrecisionAudit
@@ -272,7 +273,7 @@ class OrtRunner:
             wanted = _dtype_of(info.type)
             if tensor.dtype is not wanted:
                 raise UsageError(
-                    f"input {info.name!r} is {_plain(tensor.dtype)}, the file wants {_plain(wanted)}",
+                    f"input {info.name!r} is {dtype_name(tensor.dtype)}, the file wants {dtype_name(wanted)}",
                     fix="cast it, or export the model at this dtype",
                 )
             if str(tensor.device) != self.device:
@@ -463,10 +464,6 @@ def _dtype_of(type_name: str) -> torch.dtype:
     return dtype
 
 
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 # -- what really ran ------------------------------------------------------------------------------------------------------------------
 
 
@@ -539,7 +536,7 @@ def read_profile(events: list[dict[str, Any]]) -> tuple[NodeRun, ...]:
 
 def _types(entries: list[dict[str, list[int]]]) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple(
-        (_plain(TYPE_NAME[name]) if name in TYPE_NAME else name, tuple(shape)) for entry in entries for name, shape in entry.items()
+        (dtype_name(TYPE_NAME[name]) if name in TYPE_NAME else name, tuple(shape)) for entry in entries for name, shape in entry.items()
     )
 
 

@@ -19,7 +19,9 @@ from gpuopt.core.live import Inputs, Model
 from gpuopt.core.result import PrecisionAudit
 from gpuopt.core.spec import Precision
 from gpuopt.core.tally import Tally
-from gpuopt.trust import gate, portable
+from gpuopt.programs import artifact
+from gpuopt.programs.export import export
+from gpuopt.trust import gate
 
 FORMS = frozenset({"module", "exported"})
 
@@ -62,7 +64,7 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> EngineRun
     """
     dynamic = {name: (int(pair[0]), int(pair[1])) for name, pair in (options.get("dynamic") or {}).items()}
     accepts = Accepts.of(inputs, dynamic)
-    program = portable.export(model.module, inputs, dynamic)
+    program = export(model.module, inputs, dynamic)
     precision = options.get("precision")
     settings = _settings(options, precision)
     profiles = [_profile(t, i, accepts) for i, t in enumerate((*inputs.args, *inputs.kwargs.values()))]
@@ -90,8 +92,8 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> EngineRun
 
 def load(folder: Path, files: Mapping[str, str], options: Mapping[str, Any], device: str) -> EngineRunner:
     """A bundle's program with its engines inside; torch_tensorrt's operators were registered by importing it."""
-    accepts = portable.read_accepts(folder, files)
-    program = gate.load_exported(folder / files["torch-trt"], **portable.consent(options))
+    accepts = artifact.read_accepts(folder, files)
+    program = gate.load_exported(folder / files["torch-trt"], **artifact.consent(options))
     return EngineRunner(
         module=program.module(), accepts=accepts, device=device, program=None, inputs=None, precision=options.get("precision"), settings={}
     )
@@ -154,8 +156,8 @@ class EngineRunner:
             arg_inputs=list(self._inputs.args),
             kwarg_inputs=dict(self._inputs.kwargs),
         )
-        portable.write_accepts(self.accepts, folder)
-        return {"torch-trt": PROGRAM, "accepts": portable.ACCEPTS}
+        artifact.write_accepts(self.accepts, folder)
+        return {"torch-trt": PROGRAM, "accepts": artifact.ACCEPTS}
 
     def close(self) -> None:
         """Let go of the engines."""

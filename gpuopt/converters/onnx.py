@@ -13,6 +13,7 @@ from typing import Any
 import onnx
 import torch
 from onnx.checker import ValidationError
+from onnxscript import optimizer
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -20,6 +21,8 @@ from gpuopt.converters import exported
 from gpuopt.converters.publish import publish
 from gpuopt.core.errors import GateFailed, Unsupported
 from gpuopt.core.live import Inputs, Model
+from gpuopt.programs.export import Ranges
+from gpuopt.programs.plain import plain
 from gpuopt.trust import gate
 
 _INLINE_BYTES = 1_500_000_000
@@ -31,7 +34,7 @@ _LIMITS = {"float64": 1e-6, "float32": 1e-3, "float16": 3e-2}
 _NOISY = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
 
 
-def export(model: Model, inputs: Inputs, path: Path, dynamic: exported.Ranges | None = None, *, check: bool = True) -> Path:
+def export(model: Model, inputs: Inputs, path: Path, dynamic: Ranges | None = None, *, check: bool = True) -> Path:
     """Write `path`, whole or not at all; beyond 1.5 GB the weights lie in `<name>.data` beside it.
 
     Inputs have the names of `inputs.specs` (else those of `forward`), outputs the model's own dotted ones: `output` for a bare tensor, `0`, `1` for a tuple, keys of a dict.
@@ -59,6 +62,9 @@ def _write(
     letters: tuple[dict[int, str], ...] | None,
     model: str,
 ) -> None:
+    # The optimiser's rules (onnxscript 0.7) fold batch norm in numpy, whose bfloat16 times a float is a float32: fp32 convolution weights beside bf16 data,
+    # a file that TensorRT refuses. Constants alone may be folded: TensorRT wants axes, shapes and biases as constants.
+    narrow = any(tensor.dtype == torch.bfloat16 for tensor in program.state_dict.values())
     try:
         with _quiet() as said:
             made = torch.onnx.export(
@@ -68,8 +74,12 @@ def _write(
                 output_names=outputs,
                 dynamic_shapes=letters,  # the program has its dimensions already: this only names them
                 verbose=False,
-                optimize=True,
+                optimize=not narrow,
             )
+            assert made is not None
+            if narrow:
+                optimizer.fold_constants(made.model)
+                optimizer.remove_unused_nodes(made.model)
     except torch.OutOfMemoryError:
         raise
     except (
@@ -80,7 +90,6 @@ def _write(
             f"{model} cannot be exported to ONNX: {type(error).__name__}: {first[:300]}",
             fix="--to pt2, or a backend that runs the module itself",
         ) from error
-    assert made is not None
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     with _quiet():
         made.save(path, external_data=num_bytes > _INLINE_BYTES)
@@ -104,11 +113,7 @@ def _check(path: Path, model: Model, inputs: Inputs, names: Sequence[str], outpu
     if limit is None:
         return [f"the ONNX file is valid but was not run: ONNX Runtime's CPU provider does not compute in {model.dtype}"]
     with torch.no_grad():
-        wanted = [
-            leaf
-            for leaf in pytree.tree_leaves(exported.plain(model.module(*inputs.args, **inputs.kwargs)))
-            if isinstance(leaf, torch.Tensor)
-        ]
+        wanted = [leaf for leaf in pytree.tree_leaves(plain(model.module(*inputs.args, **inputs.kwargs))) if isinstance(leaf, torch.Tensor)]
     session = gate.onnx_session(path, ["CPUExecutionProvider"])
     held = {value.name for value in session.get_inputs()}
     feeds = {name: tensor.cpu().numpy() for name, tensor in zip(names, _tensors(inputs), strict=True) if name in held}
@@ -142,7 +147,7 @@ def _tensors(inputs: Inputs) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves((inputs.args, dict(inputs.kwargs))) if isinstance(leaf, torch.Tensor)]
 
 
-def _letters(inputs: Inputs, ranges: exported.Ranges) -> tuple[dict[int, str], ...] | None:
+def _letters(inputs: Inputs, ranges: Ranges) -> tuple[dict[int, str], ...] | None:
     """Axis -> letter for each tensor, in the order of `_tensors`; None where everything is fixed."""
     found = tuple({axis: part for axis, part in enumerate(spec.shape) if isinstance(part, str) and part in ranges} for spec in inputs.specs)
     return found if any(found) else None

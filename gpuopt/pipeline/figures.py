@@ -179,7 +179,9 @@ def relative(run: Run, base: Samples, mine: Samples, threshold: float) -> Run:
 
 
 def reproducer(candidate: Candidate) -> str:
-    """A command line that runs this candidate alone."""
+    """A command line that runs this candidate alone; empty for a live module, which no command line can name."""
+    if not candidate.model.text:
+        return ""
     words = ["gpuopt", "bench", candidate.model.text, "--backend", str(candidate.backend)]
     if candidate.model.arch:
         words += ["--arch", candidate.model.arch]

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from gpuopt.bundles import write as bundle_writer
+from gpuopt.bundles.manifest import require_output_name
 from gpuopt.core import codec
-from gpuopt.core.errors import GateFailed, GpuoptError, UsageError
+from gpuopt.core.errors import GpuoptError, ResourceError, Unavailable, Unsupported, UsageError
 from gpuopt.core.progress import Progress, Silent
 from gpuopt.core.result import SCHEMA_VERSION, Count, Device, Finding, Report, Run, Samples, Status
 from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, Job, Transforms
@@ -69,6 +70,8 @@ class Seat:
     progress: Progress
     spec: BenchSpec
     key: str
+    keeps_inaccurate: bool = False
+    """A failed verification does not end it (--allow-inaccurate): the verdict becomes a note."""
     error: GpuoptError | None = None
     sampled: Samples = field(default_factory=Samples)
     count: Count | None = None
@@ -96,6 +99,10 @@ class Seat:
             self.fail(failure)
         except ImpossibleFigure as error:
             self.run = figures.failed(self.run, Status.BUG, str(error), "report this: a figure above the data sheet is an error of gpuopt")
+        if self.keeps_inaccurate and self.error is None and self.run.status in (Status.ACCURACY_FAIL, Status.NAN):
+            self.progress.warn(f"kept although it failed verification (--allow-inaccurate): {self.run.reason}")
+            notes = (*self.run.notes, f"failed verification: {self.run.reason}")
+            self.run = replace(self.run, status=Status.OK, notes=notes, reason="", fix="")
         if not self.ok:
             self.progress.done(self.key, f"{self.run.status}: {self.run.reason}")
             self.child.close()
@@ -112,10 +119,12 @@ class Seat:
 def seated(candidate: Candidate, job: Job, progress: Progress) -> Iterator[Seat]:
     """A child for this candidate, ended on the way out whatever happens."""
     run = figures.started(candidate)
-    key = gates.label(run) + f"#{id(candidate)}"
-    progress.start(key, gates.label(run))
     with Child() as child:
-        yield Seat(candidate=candidate, child=child, run=run, progress=progress, spec=job.bench, key=key)
+        key = f"{gates.label(run)}#{child.pid}"  # the same candidate may be named twice
+        progress.start(key, gates.label(run))
+        yield Seat(
+            candidate=candidate, child=child, run=run, progress=progress, spec=job.bench, key=key, keeps_inaccurate=job.allow_inaccurate
+        )
         progress.done(key)
 
 
@@ -141,7 +150,7 @@ def backends(job: Job, progress: Progress | None = None) -> Report:
                 candidate=candidate if candidate is not None and candidate.model.text else None,
             )
         except ChildFailed as failure:
-            raise failure.error or failure from failure
+            raise _told(failure, "asking the backends") from failure
         progress.done("matrix")
     report = Report(schema_version=SCHEMA_VERSION, command=job.command, verb=job.verb, environment=found.environment, device=found.device)
     return replace(report, tables={"matrix": [codec.dump(cell) for cell in found.cells], "form": found.form, "model": found.model})
@@ -165,6 +174,8 @@ def bench(job: Job, progress: Progress | None = None) -> Report:
     progress = progress or Silent()
     if not job.candidates:
         raise UsageError("nothing to bench", fix="gpuopt bench MODEL")
+    if len({candidate.device for candidate in job.candidates}) > 1:
+        raise UsageError("a report is about one device, and the candidates name several", fix="one gpuopt bench for each --device")
     if job.gates.baseline is not None:
         codec.read_json(Report, Path(job.gates.baseline))  # before hours of measuring, not after
     machine = surveyed(job, progress)
@@ -285,22 +296,18 @@ def compile(job: Job, progress: Progress | None = None) -> Report:
     with ExitStack() as stack:
         seat = stack.enter_context(seated(candidate, job, progress))
         _prepare(seat, job, build_only=job.build_only)
-        if not seat.ok and not (job.allow_inaccurate and seat.run.status in (Status.ACCURACY_FAIL, Status.NAN)):
+        if not seat.ok:
             _raise_if_failed(seat)
             return _finish(job, machine.survey, [seat.run], progress)
-        verified = seat.ok and not job.build_only
-        if not seat.ok:
-            progress.warn(f"kept although it failed verification (--allow-inaccurate): {seat.run.reason}")
-            seat.run = replace(
-                seat.run, status=Status.OK, notes=(*seat.run.notes, f"failed verification: {seat.run.reason}"), reason="", fix=""
-            )
         runs = [seat.run]
         if not job.build_only:
             runs = _against_eager(seat, baseline, job, machine, progress, stack)
         if seat.ok:
-            _write_bundle(seat, job, target, verified, progress)
+            _write_bundle(seat, job, target, progress)
+            runs[-1] = seat.run
     _raise_if_failed(seat)
-    report = _finish(job, machine.survey, runs, progress)
+    # Without a bundle the command has failed, however well eager ran beside it.
+    report = _finish(job, machine.survey, runs if seat.ok else [seat.run], progress, judged=[seat.run])
     slower = seat.run.relative is not None and seat.run.relative.verdict == "slower"
     findings = report.findings
     if slower:
@@ -315,7 +322,7 @@ def compile(job: Job, progress: Progress | None = None) -> Report:
                 fix="keep eager, or try another backend: gpuopt bench MODEL --backend eager --backend …",
             ),
         )
-    return replace(report, output=target.name, findings=findings)
+    return replace(report, output=target.name if seat.ok else None, findings=findings)
 
 
 def _against_eager(seat: Seat, baseline: Candidate, job: Job, machine: Machine, progress: Progress, stack: ExitStack) -> list[Run]:
@@ -331,15 +338,22 @@ def _against_eager(seat: Seat, baseline: Candidate, job: Job, machine: Machine, 
     return [other.run, seat.run]
 
 
-def _write_bundle(seat: Seat, job: Job, target: Path, verified: bool, progress: Progress) -> None:
+def _write_bundle(seat: Seat, job: Job, target: Path, progress: Progress) -> None:
     """The child writes into a folder beside the target; the parent publishes it with one rename."""
     progress.update(seat.key, None, "writing the bundle")
+    verified = seat.run.accuracy is not None and seat.run.accuracy.passed
     with bundle_writer.staging(target, force=job.force, source=source_of(seat.candidate)) as folder:
-        try:
-            saved = seat.ask("save", facts.Saved, folder=str(folder))
-        except ChildFailed as failure:
-            raise failure.error or failure from failure
-        bundle_writer.publish(folder, target, manifests.assemble(seat.candidate, seat.run, saved, verified=verified), force=job.force)
+        saved: list[facts.Saved] = []
+
+        def save(s: Seat) -> Run:
+            saved.append(s.ask("save", facts.Saved, folder=str(folder)))
+            return s.run
+
+        seat.step(save)
+        if seat.ok:
+            bundle_writer.publish(
+                folder, target, manifests.assemble(seat.candidate, seat.run, saved[0], verified=verified), force=job.force
+            )
 
 
 def convert(job: Job, progress: Progress | None = None) -> Report:
@@ -349,25 +363,44 @@ def convert(job: Job, progress: Progress | None = None) -> Report:
     if job.output is None:
         raise UsageError("convert writes a file", fix="-o FILE")
     target = Path(job.output)
-    kind = job.to or _kind_of(target)
-    check_file_target(target, force=job.force)
+    kind = _kind_of(target, job.to)
+    check_file_target(target, force=job.force, source=source_of(candidate))
     found = survey(job, progress, ceilings=False)
     with seated(candidate, job, progress) as seat:
         _prepare(seat, job)
-        if seat.ok or (job.allow_inaccurate and seat.run.status in (Status.ACCURACY_FAIL, Status.NAN)):
-            folder = Path(tempfile.mkdtemp(prefix=".gpuopt-", dir=target.parent))
-            try:
-                written = seat.ask("export", facts.Exported, kind=kind, folder=str(folder), name=target.name)
-                for name in written.files:  # the main file last: a reader that finds it finds all of it
-                    (folder / name).replace(target.parent / name)
-            except ChildFailed as failure:
-                raise failure.error or failure from failure
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-            seat.run = replace(seat.run, notes=(*seat.run.notes, *written.notes))
+        if seat.ok:
+            _write_file(seat, job, target, kind)
     _raise_if_failed(seat)
     report = _finish(job, found, [seat.run], progress)
     return replace(report, output=target.name if seat.ok else None)
+
+
+def _write_file(seat: Seat, job: Job, target: Path, kind: str) -> None:
+    """The child writes into a folder beside the target; the parent moves what it wrote, the main file last: a reader that finds it finds all of it."""
+    with _disk_errors(target):
+        folder = Path(tempfile.mkdtemp(prefix=".gpuopt-", dir=target.parent))
+    try:
+
+        def export(s: Seat) -> Run:
+            written = s.ask("export", facts.Exported, kind=kind, folder=str(folder), name=target.name)
+            for name in written.files:
+                check_file_target(target.parent / name, force=job.force, source=source_of(s.candidate))
+            with _disk_errors(target):
+                for name in written.files:
+                    (folder / name).replace(target.parent / name)
+            return replace(s.run, notes=(*s.run.notes, *written.notes))
+
+        seat.step(export)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(f"{target} cannot be written: {error.strerror or error}", fix="free some space, or another -o") from error
 
 
 def source_of(candidate: Candidate) -> Path | None:
@@ -379,12 +412,21 @@ def source_of(candidate: Candidate) -> Path | None:
         return None
 
 
-def check_file_target(target: Path, *, force: bool) -> None:
-    """Before any work: the folder exists and can be written, and nothing is overwritten without --force."""
-    from gpuopt.core.errors import ResourceError
-
+def check_file_target(target: Path, *, force: bool, source: Path | None = None) -> None:
+    """Before any work: the name can be one, the folder exists and can be written, nothing is overwritten without --force and the source never is."""
+    require_output_name(target.name)
     if target.is_dir():
         raise UsageError(f"{target} is a folder", fix="-o FILE")
+    if target.is_symlink():
+        raise UsageError(f"{target} is a link", fix="name the file itself, or another one")
+    if (
+        source is not None
+        and target.exists()
+        and (target.samefile(source) or (source.is_dir() and source.resolve() in target.resolve().parents))
+    ):
+        raise UsageError(f"{target} belongs to the model that is being converted", fix="another -o")
+    if target.exists() and not target.is_file():
+        raise UsageError(f"{target} is no regular file", fix="another -o")
     if target.exists() and not force:
         raise UsageError(f"{target} is already there", fix="--force, or another -o")
     if not target.parent.is_dir():
@@ -417,21 +459,40 @@ def survey(job: Job, progress: Progress, *, ceilings: bool = True) -> facts.Surv
                 ceilings=ceilings,
             )
         except ChildFailed as failure:
-            raise failure.error or failure from failure
+            raise _told(failure, "looking at the device") from failure
         progress.done("device", found.device.name)
     for note in found.device.notes:
         progress.warn(note)
     return found
 
 
+def _told(failure: ChildFailed, what: str) -> Exception:
+    """A failure outside any candidate: the user's to act on, a library's that took the process with it, or a bug of ours with its traceback."""
+    if failure.error is not None:
+        return failure.error
+    if failure.status is Status.BUG:
+        failure.add_note(failure.traceback)
+        return failure
+    return Unavailable(
+        f"{what} failed: {failure.reason}", fix=failure.fix or "gpuopt device and gpuopt backends show what this machine can do"
+    )
+
+
 def _prepare(seat: Seat, job: Job, *, build_only: bool = False) -> None:
     """Load, build and verify: what every command does before it measures."""
-    seat.step(lambda s: figures.loaded(s.run, s.ask("load", facts.Loaded, candidate=s.candidate)))
+    seat.step(lambda s: _loaded(s, job.verb))
     if seat.ok and seat.run.input_source.startswith("guess"):
         seat.progress.warn(f"inputs are a {seat.run.input_source}")
     seat.step(lambda s: _built(s, build_only=build_only))
     if job.bench.verify != "off" and not build_only:
         seat.step(lambda s: figures.verified(s.run, s.ask("verify", facts.Verified, tolerance=job.tolerance, mode=job.bench.verify)))
+
+
+def _loaded(seat: Seat, verb: str) -> Run:
+    found = seat.ask("load", facts.Loaded, candidate=seat.candidate)
+    if found.form == "bundle" and verb in ("compile", "convert"):
+        raise UsageError(f"{found.name} is a bundle, built for {found.bundle_backend} already", fix=f"{verb} the model it was built from")
+    return figures.loaded(seat.run, found)
 
 
 def _built(seat: Seat, *, build_only: bool = False) -> Run:
@@ -447,15 +508,22 @@ def _only(job: Job) -> Candidate:
 
 
 def _wall_ms(run: Run) -> float:
+    """Host time of a typical call: the mean over all of them, less what rare slow ones added. A busy machine would else show as time nobody can place."""
     assert run.latency_ms is not None
-    return run.wall_ms or run.latency_ms.median
+    if not run.wall_ms:
+        return run.latency_ms.median
+    return run.wall_ms * min(1.0, run.latency_ms.median / run.latency_ms.mean)
 
 
-def _kind_of(target: Path) -> str:
+def _kind_of(target: Path, asked: str | None) -> str:
+    """What to write. A suffix that says otherwise is refused: such a file would be refused when it is read."""
     kinds = {".onnx": "onnx", ".pt2": "pt2", ".safetensors": "safetensors"}
-    if target.suffix not in kinds:
+    told = kinds.get(target.suffix)
+    if asked is None and told is None:
         raise UsageError(f"{target.name} does not say what to write", fix="--to onnx|pt2|safetensors, or such a suffix")
-    return kinds[target.suffix]
+    if asked is not None and told is not None and asked != told:
+        raise UsageError(f"{target.name} is the name of a {told} file, and --to is {asked}", fix=f"-o {target.stem}.{asked}")
+    return asked or told or ""
 
 
 def _raise_if_failed(seat: Seat) -> None:
@@ -465,7 +533,7 @@ def _raise_if_failed(seat: Seat) -> None:
     if seat.run.status in (Status.ACCURACY_FAIL, Status.NAN):
         return  # a verdict, with its evidence in the report
     if seat.run.status is Status.UNSUPPORTED:
-        raise GateFailed(seat.run.reason, fix=seat.run.fix)
+        raise Unsupported(seat.run.reason, fix=seat.run.fix)
 
 
 def _report(job: Job, found: facts.Survey, runs: list[Run] | None = None) -> Report:
@@ -479,7 +547,8 @@ def _report(job: Job, found: facts.Survey, runs: list[Run] | None = None) -> Rep
     )
 
 
-def _finish(job: Job, found: facts.Survey, runs: list[Run], progress: Progress) -> Report:
+def _finish(job: Job, found: facts.Survey, runs: list[Run], progress: Progress, judged: list[Run] | None = None) -> Report:
+    """`judged`: the runs that gates are about, where others are there for comparison alone."""
     report = _report(job, found, runs)
     findings = tuple(
         Finding(
@@ -491,6 +560,8 @@ def _finish(job: Job, found: facts.Survey, runs: list[Run], progress: Progress) 
         for run in runs[:1]
         if run.input_source.startswith("guess")
     )
-    report = diff.against_baseline(replace(report, gates=gates.judge(runs, job.gates), findings=findings), job.gates)
+    report = diff.against_baseline(
+        replace(report, gates=gates.judge(runs if judged is None else judged, job.gates), findings=findings), job.gates
+    )
     progress.so_far(report)
     return report

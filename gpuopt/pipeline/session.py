@@ -30,7 +30,7 @@ from gpuopt.converters import weights as weight_files
 from gpuopt.core.errors import GpuoptError, Unsupported, UsageError
 from gpuopt.core.live import Inputs, Model, Runner
 from gpuopt.core.result import Accuracy, Count, Device, Manifest, Samples
-from gpuopt.core.spec import BenchSpec, Candidate, InputSpec, Precision, TensorSpec, Tolerance, Transforms
+from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, InputSpec, Precision, TensorSpec, Tolerance, Transforms
 from gpuopt.devices import ceilings as measured_ceilings
 from gpuopt.devices import info
 from gpuopt.loaders import inputs as input_maker
@@ -83,6 +83,8 @@ class Session:
         return self._adopt(replace(candidate, device=info.resolve(candidate.device)), model, time.monotonic(), inputs)
 
     def _adopt(self, candidate: Candidate, model: Model, began: float, inputs: Inputs | None = None) -> facts.Loaded:
+        if candidate.device == "null":
+            raise Unsupported("the null device is made up: no model runs on it", fix="--device cpu or cuda")
         self._candidate, self._model = candidate, model
         self._notes = list(model.notes)
         transforms = describe_transforms(candidate.transforms)
@@ -147,6 +149,12 @@ class Session:
         specs = tuple(TensorSpec.parse(text) for text in manifest.inputs)
         model.signature = specs
         spec = InputSpec(file=str(model.path / stored), seed=manifest.seed) if stored else InputSpec(tensors=specs, seed=manifest.seed)
+        asked = [str(candidate.backend)] if candidate.backend not in (BackendSpec(), manifest.backend) else []
+        asked += [candidate.precision.value] if candidate.precision not in (None, manifest.precision) else []
+        asked += describe_transforms(candidate.transforms)
+        if asked:
+            own = f"{manifest.backend} {self._precision}"
+            self._notes.append(f"a bundle is what it was built as, {own}: {', '.join(asked)} changes nothing")
         self._candidate = replace(candidate, inputs=spec, dims=dims, backend=manifest.backend, precision=manifest.precision)
         self._pack = packs.read(self._bundle, bundle_manifest.file_of(manifest, "reference"))
         return manifest.transforms
@@ -154,8 +162,16 @@ class Session:
     # -- build --------------------------------------------------------------------------------------------------------------------
 
     def build(self, *, build_only: bool = False) -> facts.Built:
-        """Convert, compile, and call once. Raises Unsupported, Unavailable, OutOfMemory, or whatever the compiler raised."""
+        """Convert, compile, and call once. Raises Unsupported, Unavailable, OutOfMemory, UsageError for inputs that the model itself does not take, or
+        whatever the compiler raised."""
         candidate, model = self._loaded()
+        try:
+            return self._build(candidate, model, build_only)
+        except Exception as error:  # a compiler may raise anything: whose fault it is shows when the model is called without it
+            self._require_fitting_inputs(model, error)
+            raise
+
+    def _build(self, candidate: Candidate, model: Model, build_only: bool) -> facts.Built:
         backend = load_backend(candidate.backend.name)
         self._stack.enter_context(precisions.flags(self._precision))
         self._progress(None, f"building {candidate.backend}")
@@ -226,6 +242,22 @@ class Session:
         self._progress(None, f"building {candidate.backend}")
         return backend.build(changed, self._sample(precision, candidate.device), options), changed
 
+    def _require_fitting_inputs(self, model: Model, error: Exception) -> None:
+        """After a build failed: raises UsageError where the model as it was loaded does not run on these inputs either."""
+        was_told = isinstance(error, GpuoptError) and not (isinstance(error, Unsupported) and error.__cause__ is not None)
+        if was_told or isinstance(error, MemoryError | torch.OutOfMemoryError) or "CUDA" in str(error) or model.module is None:
+            return
+        candidate, _ = self._loaded()
+        try:
+            verification.eager_outputs(model, own_precision(model), [self._sample(own_precision(model), "cpu")], candidate.device)
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as own:
+            why = next((line.strip() for line in str(own).splitlines() if line.strip()), type(own).__name__)[:300]
+            given = ", ".join(str(replace(s, high=None, fill=None)) for s in (self._inputs.specs if self._inputs else ()))
+            raise UsageError(
+                f"{model.name} itself does not run on {given}: {type(own).__name__}: {why}",
+                fix="--input 'name:dtype[dims]' says what it takes",
+            ) from error
+
     def _options(self, candidate: Candidate, precision: Precision | None = None) -> dict[str, Any]:
         return {
             **candidate.backend.options,
@@ -249,18 +281,18 @@ class Session:
         """Both stages (`full`), or the second alone (`precision`)."""
         if self._pack is not None:
             return facts.Verified(accuracy=self._verify_pack(tolerance))
+        if self._manifest is not None:
+            raise Unsupported(
+                "the bundle carries no reference outputs: it was never verified",
+                fix="compile it again, or --verify off to time it all the same",
+            )
         candidate, model = self._loaded()
         runner = self._built()
         batches, seeds = self._batches()
         dtype = getattr(torch, self._precision.dtype)
         limits = tolerances.merged(self._precision, tolerance)
         self._progress(None, "computing the reference")
-        if model.form in ("onnx", "torchscript"):
-            found = self._reference_of_file(model, batches)
-            twins = found.outputs
-        else:
-            found = verification.reference(model, batches, candidate.device)
-            twins = verification.eager_outputs(model, self._precision, batches, candidate.device)
+        found, twins = self._references(model, batches, candidate.device)
         stages = []
         notes: list[str] = ["the model itself writes into its inputs"] if found.mutates_inputs else []
         is_twin = candidate.backend.name == "eager" and candidate.transforms == Transforms()
@@ -306,6 +338,13 @@ class Session:
                 runner.close()
                 verification.release(candidate.device)
         return accuracy_gate.judge_stage("structure", found.outputs, outputs, twins, limits, seeds)
+
+    def _references(self, model: Model, batches: list[Inputs], device: str) -> tuple[verification.Reference, list[verification.Named]]:
+        """What candidates are held against, and the outputs of plain eager at the candidate's dtype."""
+        if model.form in ("onnx", "torchscript"):
+            found = self._reference_of_file(model, batches)
+            return found, found.outputs
+        return verification.reference(model, batches, device), verification.eager_outputs(model, self._precision, batches, device)
 
     def _reference_of_file(self, model: Model, batches: list[Inputs]) -> verification.Reference:
         """Forms without parameters to widen: ONNX Runtime's CPU provider for ONNX, the script itself for TorchScript."""
@@ -461,12 +500,18 @@ class Session:
         """Write the artifact, the reference outputs and the given inputs into an existing empty folder."""
         candidate, _ = self._loaded()
         target = Path(folder)
-        files = dict(self._built().save(target))
+        runner = self._built()
+        files = dict(runner.save(target))
+        if self._evidence is None and getattr(runner, "build_only", False):
+            # Built for another machine: it is verified there, against outputs that only the source can give.
+            batches, seeds = self._batches()
+            found, twins = self._references(self._loaded()[1], batches, "cpu")
+            self._evidence = packs.Pack.sampled(found.outputs, twins, seeds, found.kind)
         if self._evidence is not None:
             files["reference"] = packs.write(self._evidence, target)
         inputs = self._inputs
         assert inputs is not None
-        if candidate.inputs.file:
+        if self._is_given(candidate):
             files["inputs"] = packs.write_inputs(inputs, target)
         assert self._facts is not None
         return facts.Saved(
@@ -530,6 +575,11 @@ class Session:
         """What was built."""
         return self._built()
 
+    def call_form(self) -> tuple[tuple[str, ...], int]:
+        """Names of the inputs in order, and how many of them are positional."""
+        assert self._inputs is not None
+        return tuple(spec.name for spec in self._inputs.specs), len(self._inputs.args)
+
     def changed_module(self) -> Any:
         """The converted nn.Module, on the CPU."""
         if self._changed is None or self._changed.module is None:
@@ -571,10 +621,15 @@ class Session:
         candidate, _ = self._loaded()
         assert self._inputs is not None
         first = candidate.inputs.seed
-        if candidate.inputs.file or candidate.model.text == "":
+        if self._is_given(candidate):
             return [self._inputs], (first,)
         seeds = tuple(first + i for i in range(SEEDS))
         return [self._inputs, *(self._batch(seed) for seed in seeds[1:])], seeds
+
+    @staticmethod
+    def _is_given(candidate: Candidate) -> bool:
+        """Whether the inputs are the user's own tensors, which no seed can draw again: from a file, or beside a live module."""
+        return candidate.inputs.file is not None or candidate.model.text == ""
 
     def _batch(self, seed: int, dims: dict[str, int] | None = None) -> Inputs:
         candidate, model = self._loaded()

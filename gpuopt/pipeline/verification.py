@@ -98,10 +98,13 @@ def runner_outputs(call: Callable[..., Any], batches: list[Inputs], dtype: torch
 
 
 def cast(tensor: Any, dtype: torch.dtype, device: str) -> Any:
-    """Move a tensor; floating ones change to `dtype`, integers stay integers."""
+    """A copy of a tensor, moved; floating ones change to `dtype`, integers stay integers.
+
+    A copy even where nothing changes: a model that writes into its inputs must not change what the next side is given, nor the caller's own tensors.
+    """
     if not isinstance(tensor, torch.Tensor):
         return tensor
-    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    return tensor.detach().to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 def release(device: str) -> None:

@@ -18,7 +18,7 @@ STARTED = time.monotonic()
 """Before anything heavy is imported: cold start counts from here."""
 
 from gpuopt.core import codec  # noqa: E402
-from gpuopt.core.errors import BadInput, GateFailed, GpuoptError, OutOfMemory, ResourceError, Unavailable, Unsupported, UsageError  # noqa: E402
+from gpuopt.core.errors import BadInput, GateFailed, GpuoptError, OutOfMemory, ResourceError, TimedOut, Unavailable, Unsupported, UsageError  # noqa: E402
 from gpuopt.core.result import Device, Status  # noqa: E402
 from gpuopt.core.spec import BenchSpec, Candidate, ModelRef, Tolerance  # noqa: E402
 from gpuopt.pipeline import facts  # noqa: E402
@@ -94,6 +94,8 @@ def classify(error: BaseException, verb: str) -> Status:
         return Status.OOM_HOST
     if isinstance(error, OutOfMemory):
         return Status.OOM_HOST
+    if isinstance(error, TimedOut):
+        return Status.TIMEOUT
     if isinstance(error, Unsupported):
         return Status.UNSUPPORTED
     if isinstance(error, Unavailable):
@@ -105,7 +107,7 @@ def classify(error: BaseException, verb: str) -> Status:
     if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)) or "No space left on device" in text:
         return Status.DISK_FULL
     if isinstance(error, ResourceError):
-        return Status.DISK_FULL if "space" in error.message else Status.OOM_HOST
+        return Status.DISK_FULL if "space left" in error.message else Status.OOM_HOST
     if "ImpossibleFigure" in names:
         return Status.BUG
     if verb == "build":

@@ -6,6 +6,7 @@ Every function checks first, opens second, and never retries at a lower level of
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -272,11 +273,24 @@ def load_aoti(
     _require_platform(path)
     require_consent(path, Format.AOTI, trust, signed_by_us=signed_by_us)
     os.environ["AOTI_RUNTIME_CHECK_INPUTS"] = "1"  # read once, when the first package runs
+    _share_cxx_runtime()
     from torch._inductor import aoti_load_package
 
     with _damage(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return aoti_load_package(str(path), run_single_threaded=run_single_threaded, device_index=device_index)
+
+
+def _share_cxx_runtime() -> None:
+    """Let a package use the process's C++ library for everything, or for nothing.
+
+    A package that was linked with a static libstdc++ finds half of its symbols in the libstdc++ torch has loaded (those the linker makes unique in a
+    process) and the other half in itself, and dies in the first std::regex of its constructor (seen with torch 2.11 on CUDA). Once the loaded library is
+    in the global scope, all of them are found there.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a libc++ system has none, and then there is nothing to mix
+            ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
 
 
 def deserialize_engine(runtime: Any, data: bytes, *, built_with: str = "") -> Any:

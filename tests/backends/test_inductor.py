@@ -15,7 +15,7 @@ from gpuopt.backends import inductor
 from gpuopt.core.errors import Unsupported, UsageError
 from gpuopt.core.live import Inputs, Model, Runner
 from gpuopt.core.spec import TensorSpec
-from gpuopt.trust import portable
+from gpuopt.programs.plain import copied
 
 pytestmark = pytest.mark.skipif(inductor.available("cpu") is not None, reason=str(inductor.available("cpu")))
 
@@ -175,7 +175,7 @@ def test_a_skipped_cuda_graph_is_caught_with_its_reason_wherever_it_is_logged(su
 
 def test_outputs_of_graph_memory_are_copied_in_every_nesting() -> None:
     memory = torch.zeros(3)
-    out = portable.copied({"a": memory, "b": [memory, (memory, None)], "c": 1})
+    out = copied({"a": memory, "b": [memory, (memory, None)], "c": 1})
     memory.add_(1)
     assert out["a"].sum() == 0 and out["b"][0].sum() == 0 and out["b"][1][0].sum() == 0
     assert out["b"][1][1] is None and out["c"] == 1

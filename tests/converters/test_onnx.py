@@ -63,6 +63,21 @@ def test_bf16_is_written_and_its_not_being_run_is_said(make, inputs, tmp_path):
     assert any("was not run" in note for note in model.notes)
 
 
+def test_a_bf16_batch_norm_does_not_leave_fp32_weights_in_its_convolution(make, inputs, stirred, tmp_path):
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    stirred(module)
+    model = apply(make(module), Precision.BF16, Transforms())
+    given = inputs("x:float32[N,3,8,8]", dims={"N": 2}).map(lambda t: t.bfloat16())
+    graph = onnx_library.load(onnx.export(model, given, tmp_path / "m.onnx", {"N": (1, 8)})).graph
+    dtypes = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert len(convolutions) == 1
+    held = {dtypes[name] for node in convolutions for name in node.input[1:] if name in dtypes}
+    assert held == {onnx_library.TensorProto.BFLOAT16}
+    assert onnx_library.TensorProto.FLOAT not in dtypes.values()
+    assert not {"CastLike", "Expand"} & {node.op_type for node in graph.node}, "TensorRT wants shapes and biases as constants"
+
+
 class Shapes(nn.Module):
     """Outputs of every nesting, an input that is never read, and an output called like an input."""
 

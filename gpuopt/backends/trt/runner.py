@@ -14,6 +14,7 @@ from gpuopt.backends.trt import audit as layers_of
 from gpuopt.backends.trt.flavour import Flavour
 from gpuopt.backends.trt.network import Engine, Log, Profile
 from gpuopt.core import binding
+from gpuopt.core.accepts import dtype_name
 from gpuopt.core.errors import BadInput, OutOfMemory, Unavailable, UsageError
 from gpuopt.core.result import PrecisionAudit
 from gpuopt.core.spec import Precision
@@ -236,7 +237,7 @@ def check_inputs(
     for name, tensor in tensors.items():
         if tensor.dtype is not dtypes[name]:
             raise UsageError(
-                f"input {name!r} is {_plain(tensor.dtype)}, the engine wants {_plain(dtypes[name])}",
+                f"input {name!r} is {dtype_name(tensor.dtype)}, the engine wants {dtype_name(dtypes[name])}",
                 fix="cast it, or build the engine at this dtype",
             )
         place = "cpu" if name in on_host else device
@@ -283,7 +284,3 @@ def _output_allocator(trt: Any, dtype: torch.dtype, device: str) -> Any:
             return self.buffer[:num_bytes].view(dtype).view(self.shape)
 
     return Allocator()
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
