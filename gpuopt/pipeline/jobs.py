@@ -160,6 +160,9 @@ def profile(job: Job, progress: Progress | None = None) -> Report:
     """`gpuopt profile MODEL`: where the time goes and how far that is from the roofline."""
     progress = progress or Silent()
     candidate = _only(job)
+    if candidate.backend.name == "eager" and candidate.precision is None and candidate.transforms == Transforms():
+        # Nothing is changed, so there is nothing to verify: a profile should not wait for an fp64 forward of the model as it is.
+        job = replace(job, bench=replace(job.bench, verify="off"))
     machine = surveyed(job, progress)
     with seated(candidate, job, progress) as seat:
         _prepare(seat, job)
