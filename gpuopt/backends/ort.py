@@ -25,6 +25,8 @@ from gpuopt.core.spec import Precision
 from gpuopt.core.tally import Tally
 from gpuopt.trust import gate
 
+OPAQUE_ON_CPU = True
+"""torch.profiler sees ONNX Runtime's CUDA kernels, and nothing of what its CPU provider does."""
 FORMS = frozenset({"onnx"})
 
 # None records a CUDA graph: with enable_cuda_graph a small fp16 ResNet passed, but a tiny fp16 BERT ended in an illegal memory access, cause not found

@@ -27,6 +27,7 @@ def profile(
     device: o.DeviceOpt = "auto",
     input_mode: o.InputModeOpt = "device",
     min_time: o.MinTimeOpt = None,
+    max_time: o.MaxTimeOpt = None,
     timeout: o.TimeoutOpt = None,
     verify: o.VerifyOpt = "full",
     depth: o.DepthOpt = 3,
@@ -65,7 +66,7 @@ def profile(
             input_modes=r.input_modes(input_mode),
             device=device,
         ),
-        bench=r.bench(min_time=min_time, timeout=timeout, verify=verify),
+        bench=r.bench(min_time=min_time, max_time=max_time, timeout=timeout, verify=verify),
         depth=depth,
         command=r.command_line(),
     )

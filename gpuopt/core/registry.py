@@ -31,8 +31,13 @@ def resolve(table: Mapping[str, str], name: str, *, kind: str, extra: str | None
         module = importlib.import_module(module_name)
     except ImportError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing == "gpuopt" or not missing:
+        if missing == "gpuopt":
             raise
+        if not missing:  # raised by hand, as numpy and others do when their native part does not fit
+            first = (str(error).splitlines() or [""])[0]
+            raise Unavailable(
+                f"{kind} {name!r} has a package that does not import: {first}", fix="reinstall its package for this platform"
+            ) from error
         raise Unavailable(
             f"{kind} {name!r} needs the package {missing!r}: {error}",
             fix=f"pip install 'gpuopt[{extra}]'" if extra else f"pip install {missing}",

@@ -78,7 +78,7 @@ def judge(runs: Iterable[Run], gates: Gates) -> tuple[GateResult, ...]:
 
 
 def exit_code(report: Report, *, strict: bool = False) -> int:
-    """0 when something came of it and no gate was missed; else who must act (docs/exit-codes.md)."""
+    """0 when something came of it and no gate was missed; else who must act (README.md lists them)."""
     if any(run.status is Status.BUG for run in report.runs):
         return 70
     if any(not gate.passed for gate in report.gates):

@@ -468,6 +468,11 @@ class Session:
     def profile(self, device: Device, wall_ms: float, depth: int) -> facts.Profiled:
         """Trace in a run of its own and set it against the untraced wall time. Raises ImpossibleFigure for one that cannot be."""
         call, _, where = self._timed()
+        if where == "cpu" and getattr(self._backend(), "OPAQUE_ON_CPU", False):
+            raise Unsupported(
+                "what this backend runs on a CPU is invisible to torch.profiler: all of its time would read as launch gaps",
+                fix="gpuopt bench times it; profile the source model with --backend eager",
+            )
         self._progress(None, "tracing")
         module = self._changed.module if self._changed is not None and self._is_eager() else None
         traced = trace.record(call, where, with_modules=module)
@@ -489,6 +494,10 @@ class Session:
             coverage=attribute.coverage(records),
             attributed=placed_ns / timed_ns if timed_ns else None,
         )
+
+    def _backend(self) -> Any:
+        candidate, _ = self._loaded()
+        return load_backend(self._manifest.backend.name if self._manifest is not None else candidate.backend.name)
 
     def _is_eager(self) -> bool:
         candidate, _ = self._loaded()

@@ -154,10 +154,9 @@ def test_27_41_42_a_bundle_built_for_something_else_is_4_and_names_it(field: str
     from gpuopt.bundles.manifest import MAC, MANIFEST
     from gpuopt.trust import consent
 
-    bundle = compiled(net, tmp_path / "b", "aoti" if field == "never" else "null")
+    bundle = compiled(net, tmp_path / "b")
     plain = json.loads((bundle / MANIFEST).read_text())
-    if field not in plain["fingerprint"]:
-        pytest.skip(f"this backend's bundles hold nothing of {field}")
+    plain["backend"]["name"] = "aoti"  # native code, as far as anyone can tell before it is opened
     plain["fingerprint"][field] = "7.7.7"
     data = json.dumps(plain).encode()
     (bundle / MANIFEST).write_bytes(data)
