@@ -30,7 +30,7 @@ FAULTS = {
     "null:fail=exit0,at=build": (Status.CRASH, "exited with 0"),
     "null:fail=oom_host": (Status.OOM_HOST, "SIGKILL"),
     "null:fail=ignore_sigterm": (Status.TIMEOUT, "did not end within"),
-    "null:fail=segv,after=90,sleep_ms=1": (Status.CRASH, "block: SIGSEGV"),
+    "null:fail=segv,after=70,sleep_ms=1": (Status.CRASH, "block: SIGSEGV"),
     "eager": (Status.OK, ""),
 }
 
