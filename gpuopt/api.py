@@ -30,8 +30,6 @@ from gpuopt.pipeline import facts, figures, manifests, pairs
 from gpuopt.pipeline.session import Session
 from gpuopt.pipeline.worker import classify
 
-PRACTICAL_THRESHOLD = 0.02
-
 
 def profile(
     model: torch.nn.Module,
@@ -110,7 +108,7 @@ def bench(
     first = min(timed, default=None)
     for index in timed:
         if first is not None and index != first:
-            runs[index] = figures.relative(runs[index], samples[first], samples[index], PRACTICAL_THRESHOLD)
+            runs[index] = figures.relative(runs[index], samples[first], samples[index])
     return _report("bench", found, runs)
 
 

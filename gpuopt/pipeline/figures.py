@@ -172,9 +172,9 @@ def failed(run: Run, status: Status, reason: str, fix: str = "") -> Run:
     )
 
 
-def relative(run: Run, base: Samples, mine: Samples, threshold: float) -> Run:
+def relative(run: Run, base: Samples, mine: Samples) -> Run:
     """With its speed against the first run of its group, from interleaved pairs of blocks."""
-    verdict: Relative = stats.compare_pairs(pairs.split(base), pairs.split(mine), threshold=threshold)
+    verdict: Relative = stats.compare_pairs(pairs.split(base), pairs.split(mine))
     return replace(run, relative=verdict)
 
 

@@ -24,9 +24,6 @@ from gpuopt.reports import diff
 
 T = TypeVar("T")
 
-PRACTICAL_THRESHOLD = 0.02
-"""Pairs that differ by less are the same, whatever the test says."""
-
 SURVEY_TIMEOUT_S = 300.0
 
 
@@ -261,7 +258,7 @@ def _interleaved(live: list[Seat], job: Job, machine: Machine, progress: Progres
     base = next((seat for seat in live if seat.ok), None)
     for seat in live:
         if seat is not base and base is not None and seat.ok:
-            seat.run = figures.relative(seat.run, base.sampled, seat.sampled, PRACTICAL_THRESHOLD)
+            seat.run = figures.relative(seat.run, base.sampled, seat.sampled)
     progress.done(key)
 
 
