@@ -29,6 +29,7 @@ def bench(
     min_time: o.MinTimeOpt = None,
     max_time: o.MaxTimeOpt = None,
     pairs: o.PairsOpt = None,
+    sustained: o.SustainedOpt = "auto",
     timeout: o.TimeoutOpt = None,
     verify: o.VerifyOpt = "full",
     tolerance: o.ToleranceOpt = None,
@@ -71,7 +72,7 @@ def bench(
             input_modes=r.input_modes(input_mode),
             device=device,
         ),
-        bench=r.bench(min_time=min_time, max_time=max_time, pairs=pairs, timeout=timeout, verify=verify),
+        bench=r.bench(min_time=min_time, max_time=max_time, pairs=pairs, timeout=timeout, verify=verify, sustained=sustained),
         tolerance=r.tolerance(tolerance=tolerance, max_error=max_error),
         gates=r.gates(
             min_tflops=min_tflops,

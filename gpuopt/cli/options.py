@@ -122,6 +122,16 @@ MaxTimeOpt = Annotated[str | None, _option("--max-time", metavar="TIME", help="A
 PairsOpt = Annotated[
     int | None, _option("--pairs", help="Interleaved blocks a side when candidates are compared. Default 20.", panel=MEASURE)
 ]
+SustainedOpt = Annotated[
+    str,
+    _option(
+        "--sustained",
+        metavar="auto|on|off",
+        help="Time products between the candidates: the ceiling under the same heat and power. auto: on GPUs.",
+        panel=MEASURE,
+        show_default=True,
+    ),
+]
 TimeoutOpt = Annotated[
     str | None, _option("--timeout", metavar="TIME", help="Kill a candidate whose single step takes longer. Default 30min.", panel=MEASURE)
 ]

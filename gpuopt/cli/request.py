@@ -99,10 +99,16 @@ def transforms(*, channels_last: bool, fold_bn: bool, keep_fp32: Sequence[str] |
 
 
 def bench(
-    *, min_time: str | None = None, max_time: str | None = None, pairs: int | None = None, timeout: str | None = None, verify: str = "full"
+    *,
+    min_time: str | None = None,
+    max_time: str | None = None,
+    pairs: int | None = None,
+    timeout: str | None = None,
+    verify: str = "full",
+    sustained: str = "auto",
 ) -> BenchSpec:
     """How long to measure."""
-    spec = BenchSpec(verify=verify)
+    spec = BenchSpec(verify=verify, sustained=sustained)
     if min_time is not None:
         seconds = units.parse_seconds(min_time)
         spec = replace(spec, min_time_s=seconds, max_time_s=max(spec.max_time_s, seconds))

@@ -151,7 +151,7 @@ class Ceiling:
     unit: str
     """`FLOP/s` or `byte/s`."""
     kind: str
-    """`measured` or `spec`."""
+    """`measured` (what nothing on this device may pass), `sustained` (what products keep up between the blocks of a bench) or `spec`."""
     source: str
     """How it was measured, or which document says so."""
 
@@ -413,6 +413,8 @@ class Run:
     bytes: float | None = None
     tflops: float | None = None
     pct_of_measured: float | None = None
+    pct_of_sustained: float | None = None
+    """Of products timed in blocks between this candidate's own, as hot and as short of power as it was; None where that was not done."""
     pct_of_spec: float | None = None
     pct_of_roofline: float | None = None
     """Floor time (per-op max of compute and memory, unfused) over measured time."""

@@ -60,6 +60,19 @@ def all_ceilings(device: Device, *, refresh: bool = False, progress: Progress | 
     return Ceilings(rows=measured.rows + spec.rows, notes=tuple(dict.fromkeys(measured.notes + spec.notes)))
 
 
+def product(quantity: str, device: Device) -> tuple[Work, Shape]:
+    """The product a ceiling of `fp16`, `bf16`, `tf32`, `fp32` or `fp64` is measured with, as large as there is room for now. Raises OutOfMemory."""
+    shapes, fallbacks = (_GPU_SHAPES[:1], _GPU_FALLBACKS) if device.kind == "cuda" else (_CPU_SHAPES[1:], _CPU_FALLBACKS)
+    try:
+        with torch.inference_mode(), workloads.tf32(quantity == "tf32"):
+            shape = _worth_it(quantity, device, shapes, fallbacks)[0]
+            return workloads.gemm(quantity, shape, device.id), shape
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"{device.name}: no memory left beside the model for a {quantity} product", fix="--sustained off does without this ceiling"
+        ) from error
+
+
 def refuse_impossible(measured: Ceilings, device: Device) -> None:
     """Raise RuntimeError for a row above the data sheet: our count or our clock is wrong then, or peaks.toml is."""
     spec, peak = peaks.spec_ceilings(device), peaks.find(device)

@@ -65,6 +65,16 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Anchored:
+    """After `anchor`: one block of products."""
+
+    samples: Samples
+    flops: float
+    """A call."""
+    how: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Profiled:
     """After `profile`."""
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import TypeVar
 
 from gpuopt.bundles import write as bundle_writer
@@ -15,9 +16,10 @@ from gpuopt.bundles.manifest import require_output_name
 from gpuopt.core import codec
 from gpuopt.core.errors import GpuoptError, ResourceError, Unavailable, Unsupported, UsageError
 from gpuopt.core.progress import Progress, Silent
-from gpuopt.core.result import SCHEMA_VERSION, Count, Device, Finding, Report, Run, Samples, Status
+from gpuopt.core.result import SCHEMA_VERSION, Ceiling, Count, Device, Finding, Report, Run, Samples, Status
 from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, Job, Transforms
-from gpuopt.pipeline import facts, figures, gates, manifests, pairs
+from gpuopt.core.stats import MIN_PAIRS
+from gpuopt.pipeline import anchor, facts, figures, gates, manifests, pairs
 from gpuopt.pipeline.isolate import Child, ChildFailed
 from gpuopt.profiling.roofline import ImpossibleFigure
 from gpuopt.reports import diff
@@ -25,6 +27,8 @@ from gpuopt.reports import diff
 T = TypeVar("T")
 
 SURVEY_TIMEOUT_S = 300.0
+MIN_ANCHOR_BLOCKS = 3
+"""Fewer blocks of products say nothing about what a device keeps up."""
 
 
 @dataclass(slots=True)
@@ -35,11 +39,20 @@ class Machine:
     progress: Progress
     survey: facts.Survey
     is_fresh: bool = False
+    sustained: dict[str, Ceiling] = field(default_factory=dict)
+    """What products kept up between the blocks of the last group."""
 
     @property
     def device(self) -> Device:
         """The device with the ceilings that hold now."""
-        return self.survey.device
+        return self.found.device
+
+    @property
+    def found(self) -> facts.Survey:
+        """The survey with what was measured since."""
+        device = self.survey.device
+        rows = (*device.ceilings.rows, *self.sustained.values())
+        return replace(self.survey, device=replace(device, ceilings=replace(device.ceilings, rows=rows)))
 
     def judged(self, work: Callable[[Device], T]) -> T:
         """`work` against the ceilings; where a figure lies above the measured ones, against ceilings measured again: the old ones may have been
@@ -52,9 +65,23 @@ class Machine:
         except ChildFailed as failure:
             if self.is_fresh or "ImpossibleFigure" not in failure.reason:
                 raise
+        self._measure_again()
+        return work(self.device)
+
+    def keep(self, sustained: dict[str, Ceiling]) -> None:
+        """These sustained ceilings hold from now on. Products that beat the measured one show that it was taken on a busy machine."""
+        self.sustained = sustained
+        beaten = [
+            row
+            for row in sustained.values()
+            if (peak := self.survey.device.ceilings.flops(row.quantity, "measured")) and row.value > peak * (1 + figures.slack(self.device))
+        ]
+        if beaten and not self.is_fresh:
+            self._measure_again()
+
+    def _measure_again(self) -> None:
         self.progress.warn("a figure lies above the measured ceilings: measuring them again")
         self.survey, self.is_fresh = survey(replace(self.job, refresh=True), self.progress), True
-        return work(self.device)
 
 
 @dataclass(slots=True)
@@ -166,7 +193,7 @@ def profile(job: Job, progress: Progress | None = None) -> Report:
         seat.step(lambda s: _measured(s, job, machine))
         seat.step(lambda s: machine.judged(lambda device: _profiled(s, job, device)))
     _raise_if_failed(seat)
-    return _finish(job, machine.survey, [seat.run], progress)
+    return _finish(job, machine.found, [seat.run], progress)
 
 
 def bench(job: Job, progress: Progress | None = None) -> Report:
@@ -184,16 +211,16 @@ def bench(job: Job, progress: Progress | None = None) -> Report:
     for group in comparable(job.candidates):
 
         def rewrite(done: list[Run], before: tuple[Run, ...] = tuple(runs)) -> None:
-            progress.so_far(_report(job, machine.survey, [*before, *done]))
+            progress.so_far(_report(job, machine.found, [*before, *done]))
 
         finished = _bench_group(group, job, machine, progress, rewrite)
         runs += [seat.run for seat in finished]
         errors += [seat.error for seat in finished if seat.error is not None]
-        progress.so_far(_report(job, machine.survey, runs))
+        progress.so_far(_report(job, machine.found, runs))
     if all(run.status is not Status.OK for run in runs) and errors and len(errors) == len(runs):
         if len({(type(e), e.message) for e in errors}) == 1:
             raise errors[0]
-    return _finish(job, machine.survey, runs, progress)
+    return _finish(job, machine.found, runs, progress)
 
 
 def comparable(candidates: tuple[Candidate, ...]) -> list[list[Candidate]]:
@@ -239,19 +266,25 @@ def _interleaved(live: list[Seat], job: Job, machine: Machine, progress: Progres
         seat.step(lambda s: _warmed(s, job.bench))
     live = [seat for seat in live if seat.ok]
     by_key = {seat.key: seat for seat in live}
+    with products(live, job, machine) as anchors:
 
-    def lost(which: str, error: Exception) -> None:
-        if not isinstance(error, ChildFailed):
-            raise error
-        by_key[which].fail(error)
-        by_key[which].child.close()
+        def lost(which: str, error: Exception) -> None:
+            if not isinstance(error, ChildFailed):
+                raise error
+            if which in by_key:
+                by_key[which].fail(error)
+                by_key[which].child.close()
+            else:
+                progress.warn(f"no {which}: {error.reason}")
 
-    blocks = pairs.interleave(
-        {seat.key: (lambda s=seat: s.ask("block", facts.Measured, spec=job.bench).samples) for seat in live},  # type: ignore[misc]
-        job.bench,
-        on_round=lambda fraction: progress.update(key, fraction),
-        on_failure=lost,
-    )
+        blocks = pairs.interleave(
+            {seat.key: (lambda s=seat: s.ask("block", facts.Measured, spec=job.bench).samples) for seat in live},  # type: ignore[misc]
+            job.bench,
+            beside=anchors.sides,
+            on_round=lambda fraction: progress.update(key, fraction),
+            on_failure=lost,
+        )
+        machine.keep(anchors.ceilings(blocks))
     for seat in live:
         seat.sampled = seat.sampled + pairs.joined(blocks[seat.key])
         seat.step(lambda s: _metered(s, job, machine))
@@ -262,8 +295,76 @@ def _interleaved(live: list[Seat], job: Job, machine: Machine, progress: Progres
     progress.done(key)
 
 
+@dataclass(slots=True)
+class Products:
+    """Sides of an interleaved bench that are no candidates: blocks of products, one side a quantity."""
+
+    sides: dict[str, Callable[[], Samples]] = field(default_factory=dict)
+    made: dict[str, tuple[str, facts.Anchored]] = field(default_factory=dict)
+    """Side -> its quantity, and what its last block said."""
+
+    def ceilings(self, blocks: Mapping[str, list[Samples]]) -> dict[str, Ceiling]:
+        """Those that lasted to the end."""
+        return {
+            quantity: anchor.ceiling(quantity, pairs.joined(blocks[name]), last.flops, last.how)
+            for name, (quantity, last) in self.made.items()
+            if len(blocks.get(name, ())) >= MIN_ANCHOR_BLOCKS
+        }
+
+
+@contextmanager
+def products(live: list[Seat], job: Job, machine: Machine) -> Iterator[Products]:
+    """A child that times products in the quantities these candidates compute in; nothing at all where that is off."""
+    found = Products()
+    quantities = anchor.wanted([seat.count for seat in live], machine.survey.device, job.bench.sustained)
+    if not quantities:
+        yield found
+        return
+    with Child() as child:
+        for quantity in quantities:
+            name = f"sustained {quantity} ceiling"
+            calls_ms = [
+                ms for seat in live if quantity in anchor.wanted([seat.count], machine.survey.device, "on") and (ms := _call_ms(seat))
+            ]
+            spec = anchor.block_spec(job.bench, min(calls_ms, default=0.0))
+
+            def side(name: str = name, quantity: str = quantity, spec: BenchSpec = spec) -> Samples:
+                answer = child.call(
+                    "anchor", facts.Anchored, timeout_s=SURVEY_TIMEOUT_S, quantity=quantity, device=machine.survey.device, spec=spec
+                )
+                found.made[name] = (quantity, answer)
+                return answer.samples
+
+            try:
+                side()  # its process starts and its product is made now: between the blocks that would cool the device down
+            except ChildFailed as failure:
+                machine.progress.warn(f"no {name}: {failure.reason}")
+                break
+            found.sides[name] = side
+        yield found
+
+
+def _call_ms(seat: Seat) -> float:
+    """A typical call so far: of the samples, or of the warm-up before there are any."""
+    seen = seat.sampled.samples_ns or seat.sampled.warmup_ns[-5:] or seat.run.samples_ns
+    return median(seen) / 1e6 if seen else 0.0
+
+
 def _measured(seat: Seat, job: Job, machine: Machine) -> Run:
-    found = seat.ask("measure", facts.Measured, spec=job.bench)
+    """Alone; on a GPU followed by blocks of products between blocks of its own, while it is as hot as it was."""
+    with products([seat], job, machine) as anchors:
+        found = seat.ask("measure", facts.Measured, spec=job.bench)
+        if anchors.sides:
+            seat.sampled = found.samples
+            few = replace(job.bench, num_pairs=MIN_PAIRS)
+
+            def lost(which: str, error: Exception) -> None:
+                if not isinstance(error, ChildFailed) or not which:
+                    raise error
+                seat.progress.warn(f"no {which}: {error.reason}")
+
+            own = {"": lambda: seat.ask("block", facts.Measured, spec=job.bench).samples}
+            machine.keep(anchors.ceilings(pairs.interleave(own, few, beside=anchors.sides, on_failure=lost)))
     return machine.judged(lambda device: figures.measured(seat.run, found, device, seat.count))
 
 
@@ -298,7 +399,7 @@ def compile(job: Job, progress: Progress | None = None) -> Report:
         _prepare(seat, job, build_only=job.build_only)
         if not seat.ok:
             _raise_if_failed(seat)
-            return _finish(job, machine.survey, [seat.run], progress)
+            return _finish(job, machine.found, [seat.run], progress)
         runs = [seat.run]
         if not job.build_only:
             runs = _against_eager(seat, baseline, job, machine, progress, stack)
@@ -307,7 +408,7 @@ def compile(job: Job, progress: Progress | None = None) -> Report:
             runs[-1] = seat.run
     _raise_if_failed(seat)
     # Without a bundle the command has failed, however well eager ran beside it.
-    report = _finish(job, machine.survey, runs if seat.ok else [seat.run], progress, judged=[seat.run])
+    report = _finish(job, machine.found, runs if seat.ok else [seat.run], progress, judged=[seat.run])
     slower = seat.run.relative is not None and seat.run.relative.verdict == "slower"
     findings = report.findings
     if slower:

@@ -18,31 +18,33 @@ def interleave(
     sides: Mapping[Key, Callable[[], Samples]],
     spec: BenchSpec,
     *,
+    beside: Mapping[Key, Callable[[], Samples]] | None = None,
     seed: int = 0,
     on_round: Callable[[float], None] | None = None,
     on_failure: Callable[[Key, Exception], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[Key, list[Samples]]:
-    """`sides` maps a key to a function that times one block. Returns each key's blocks in the order of the rounds.
+    """`sides` maps a key to a function that times one block; `beside` too, for what goes along and is no reason to go on. Returns each key's blocks in the order of the rounds.
 
     A side that raises is reported to `on_failure` and leaves; the others go on. Stops after `spec.num_pairs` rounds, or after
     `spec.max_time_s` a side once there are as many rounds as a verdict needs (stats.MIN_PAIRS).
     """
     order = random.Random(seed)
-    blocks: dict[Key, list[Samples]] = {key: [] for key in sides}
-    live: list[Key] = list(sides)
+    calls = {**sides, **(beside or {})}
+    blocks: dict[Key, list[Samples]] = {key: [] for key in calls}
+    live: list[Key] = list(calls)
     began = clock()
     budget_s = spec.max_time_s * max(1, len(live))
     for number in range(spec.num_pairs):
         for key in order.sample(live, len(live)):
             try:
-                blocks[key].append(sides[key]())
+                blocks[key].append(calls[key]())
             except Exception as error:
                 if on_failure is None:
                     raise
                 live.remove(key)
                 on_failure(key, error)
-        if not live:
+        if not any(key in sides for key in live):
             break
         if on_round is not None:
             on_round(max((number + 1) / spec.num_pairs, min(1.0, (clock() - began) / budget_s)))

@@ -347,6 +347,8 @@ def check(job: Job) -> None:
             f"bench.max_time_s ({job.bench.max_time_s:g}) is below bench.min_time_s ({job.bench.min_time_s:g})",
             fix="max_time_s from min_time_s up",
         )
+    if job.bench.sustained not in ("auto", "on", "off"):
+        raise UsageError(f"bench.sustained is {job.bench.sustained!r}", fix="one of: auto, on, off")
     if job.bench.verify not in ("full", "precision", "off"):
         raise UsageError(f"bench.verify is {job.bench.verify!r}", fix="one of: full, precision, off")
     if job.depth < 0:

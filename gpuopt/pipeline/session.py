@@ -35,6 +35,7 @@ from gpuopt.devices import ceilings as measured_ceilings
 from gpuopt.devices import info
 from gpuopt.loaders import inputs as input_maker
 from gpuopt.pipeline import environment, facts, figures, packs, route, verification
+from gpuopt.pipeline.anchor import Anchor
 from gpuopt.profiling import attribute, count, memory, roofline, trace, waterfall
 from gpuopt.timing import clocks, loop
 
@@ -67,6 +68,7 @@ class Session:
         self._notes: list[str] = []
         self._throttled: dict[str, float] = {}
         self._precision = Precision.FP32
+        self._anchor = Anchor()
 
     # -- load ---------------------------------------------------------------------------------------------------------------------
 
@@ -580,6 +582,11 @@ class Session:
             model=model.name if model else None,
         )
 
+    def anchor(self, quantity: str, device: Device, spec: BenchSpec) -> facts.Anchored:
+        """One block of products in this quantity: the ceiling under the load of a bench. Raises OutOfMemory."""
+        samples, flops, how = self._anchor.block(quantity, device, spec)
+        return facts.Anchored(samples=samples, flops=flops, how=how)
+
     def runner(self) -> Runner:
         """What was built."""
         return self._built()
@@ -600,6 +607,7 @@ class Session:
         if self._runner is not None:
             self._runner.close()
         self._runner = self._changed = self._model = None
+        self._anchor.close()
         self._stack.close()
 
     # -- inputs -------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,9 @@ SLACK = 0.05
 NOTED = 0.02
 """Above the measured ceiling by more than this, a point carries the reason."""
 
+RARE = 0.01
+"""Share of the FLOPs under which a dtype need not have a sustained ceiling of its own."""
+
 
 class ImpossibleFigure(RuntimeError):
     """A figure above what the device can do: an error of gpuopt's, not the user's. The message holds the count, the time and the peak used."""
@@ -30,6 +33,8 @@ class Throughput:
     """10^12 FLOP/s of known FLOPs; None where none are known."""
     pct_of_measured: float | None
     """Time the FLOPs would take at each dtype's measured peak, over the time taken, in percent; None where a dtype has no ceiling."""
+    pct_of_sustained: float | None
+    """The same against what products kept up between the blocks of the bench."""
     pct_of_spec: float | None
     pct_of_roofline: float | None
     """Floor of every op (compute or memory, unfused) over the time taken."""
@@ -209,6 +214,9 @@ def whole(count: Count, seconds: float, ceilings: Ceilings, *, slack: float = SL
             percents[kind] = 100.0 * share
         if kind == "measured" and share > 1.0:
             notes.append(f"above the measured peak within its {100 * slack:.0f}% run-to-run slack")
+    sustained = _share_of_sustained(count, seconds, ceilings)
+    if sustained is not None and sustained > 1.0:
+        notes.append("faster than products kept up between its blocks: it draws less power than they do")
     floors = [floor_ns(r, ceilings)[0] for r in count.records]
     roof = 100.0 * sum(f for f in floors if f) / 1e9 / seconds if any(floors) else None
     if roof is not None and roof > 100.0:
@@ -218,7 +226,24 @@ def whole(count: Count, seconds: float, ceilings: Ceilings, *, slack: float = SL
     return Throughput(
         tflops=count.flops / seconds / 1e12 if has_flops else None,
         pct_of_measured=percents["measured"],
+        pct_of_sustained=None if sustained is None else 100.0 * sustained,
         pct_of_spec=percents["spec"],
         pct_of_roofline=roof,
         ceiling_note="; ".join(notes),
     )
+
+
+def _share_of_sustained(count: Count, seconds: float, ceilings: Ceilings) -> float | None:
+    """Σ FLOPs_d / sustained_d over the time. No limit: unlike the measured peak, what a product sustains depends on the power it draws.
+
+    A dtype with under a hundredth of the FLOPs may stand against its measured peak; None where one that matters was not timed.
+    """
+    busy = 0.0
+    for dtype, flops in count.flops_by_dtype.items():
+        peak = ceilings.flops(dtype, "sustained")
+        if peak is None and flops < RARE * count.flops:
+            peak = ceilings.flops(dtype, "measured")
+        if not peak:
+            return None
+        busy += flops / peak
+    return busy / seconds if busy and any(ceilings.flops(d, "sustained") for d in count.flops_by_dtype) else None

@@ -41,7 +41,7 @@ def _run(run: Run) -> str:
     time = f' time="{run.latency_ms.median / 1e3:.9f}"' if run.latency_ms else ""
     head = f"    <testcase classname={_attribute(f'gpuopt.{run.model}')} name={_attribute(run_label(run, model=False))}{time}"
     inside = []
-    figures = {name: getattr(run, name) for name in ("samples_per_s", "tflops", "pct_of_measured", "peak_bytes")}
+    figures = {name: getattr(run, name) for name in ("samples_per_s", "tflops", "pct_of_measured", "pct_of_sustained", "peak_bytes")}
     known = [
         f"<property name={_attribute(name)} value={_attribute(f'{value:.10g}')}/>" for name, value in figures.items() if value is not None
     ]

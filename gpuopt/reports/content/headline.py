@@ -61,6 +61,9 @@ def _one_run(report: Report, run: Run, ceilings: Ceilings) -> list[Message]:
         sentence = f"that is {f.tflops(run.tflops)}"
         if run.pct_of_measured is not None and measured:
             sentence += f", {f.percent(run.pct_of_measured)} of the {f.ceiling(measured.value, measured.unit)} this device was measured to do in {quantity}"
+            sustained = ceilings.find(quantity, "sustained") if quantity else None
+            if run.pct_of_sustained is not None and sustained:
+                sentence += f" and {f.percent(run.pct_of_sustained)} of the {f.ceiling(sustained.value, sustained.unit)} it keeps up under this load"
         elif run.pct_of_spec is not None and spec:
             sentence += f", {f.percent(run.pct_of_spec)} of the {f.ceiling(spec.value, spec.unit)} of its data sheet in {quantity}"
         lines.append(Message("info", sentence))

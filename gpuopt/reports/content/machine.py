@@ -80,13 +80,16 @@ def _ceilings(device: Device, wanted: set[str] | None) -> list[Block]:
     if not quantities:
         return []
     rows = []
+    has_sustained = any(row.kind == "sustained" for row in device.ceilings.rows)
     for quantity in quantities:
         measured, spec = device.ceilings.find(quantity, "measured"), device.ceilings.find(quantity, "spec")
+        sustained = device.ceilings.find(quantity, "sustained")
         rows.append(
             (
                 Cell(clean(quantity), "strong"),
                 Cell(f.ceiling(measured.value, measured.unit) if measured else f.MISSING),
                 Cell(clean(measured.source) if measured else "not measured", "dim"),
+                *([Cell(f.ceiling(sustained.value, sustained.unit) if sustained else f.MISSING)] if has_sustained else []),
                 Cell(f.ceiling(spec.value, spec.unit) if spec else f.MISSING),
                 Cell(clean(spec.source) if spec else f.MISSING, "dim"),
             )
@@ -95,6 +98,7 @@ def _ceilings(device: Device, wanted: set[str] | None) -> list[Block]:
         Column("ceiling"),
         Column("measured", right=True),
         Column("how", spare=2),
+        *([Column("sustained", right=True)] if has_sustained else []),
         Column("data sheet", right=True, spare=1),
         Column("source", spare=3),
     )

@@ -69,6 +69,7 @@ def _run_table(report: Report, runs: Sequence[Run], ceilings: Ceilings) -> Table
     hosts = any(run.input_mode != "device" for run in runs)
     transforms = any(run.transforms for run in runs)
     relative = any(run.relative for run in runs)
+    sustained = any(run.pct_of_sustained is not None for run in runs)
     unit, scale = f.tflops_column(run.tflops for run in runs)
     columns: list[Column] = []
     columns += [Column("model", folds=True)] if names else []
@@ -83,7 +84,9 @@ def _run_table(report: Report, runs: Sequence[Run], ceilings: Ceilings) -> Table
         Column("samples/s", right=True, spare=2),
     ]
     columns += [Column("vs first", right=True)] if relative else []
-    columns += [Column(unit, right=True, spare=1), Column("of measured", right=True), Column("of spec", right=True, spare=5)]
+    columns += [Column(unit, right=True, spare=1), Column("of measured", right=True)]
+    columns += [Column("of sustained", right=True, spare=6)] if sustained else []
+    columns += [Column("of spec", right=True, spare=5)]
     columns += [Column("peak memory", right=True, spare=4), Column("verified", spare=3)]
     best = {
         group(run): max((r.samples_per_s or 0.0) for r in runs if group(r) == group(run) and r.status == Status.OK)
@@ -111,10 +114,9 @@ def _run_table(report: Report, runs: Sequence[Run], ceilings: Ceilings) -> Table
         cells += [
             Cell(f.MISSING if run.tflops is None else f.digits(run.tflops * scale) + ("*" if low else "")),
             Cell(f.percent(run.pct_of_measured), "strong", None if run.pct_of_measured is None else min(1.0, run.pct_of_measured / 100)),
-            Cell(f.percent(run.pct_of_spec)),
-            Cell(f.memory(run.peak_bytes)),
-            _verified(run),
         ]
+        cells += [Cell(f.percent(run.pct_of_sustained))] if sustained else []
+        cells += [Cell(f.percent(run.pct_of_spec)), Cell(f.memory(run.peak_bytes)), _verified(run)]
         rows.append(tuple(cells))
     notes = _run_notes(runs, None if shows_ceilings(report) else ceilings)
     return Table(title="Speed", columns=tuple(columns), rows=tuple(rows), notes=notes).folded()
@@ -154,9 +156,12 @@ def _run_notes(runs: Sequence[Run], ceilings: Ceilings | None) -> tuple[str, ...
     for quantity in dict.fromkeys(q for q in map(compute_quantity, runs) if q and ceilings):
         assert ceilings is not None
         measured, spec = ceilings.find(quantity, "measured"), ceilings.find(quantity, "spec")
+        sustained = ceilings.find(quantity, "sustained")
         told = []
         if measured:
             told.append(f"measured {f.ceiling(measured.value, measured.unit)} ({clean(measured.source)})")
+        if sustained:
+            told.append(f"sustained {f.ceiling(sustained.value, sustained.unit)} ({clean(sustained.source)})")
         if spec:
             told.append(f"data sheet {f.ceiling(spec.value, spec.unit)} ({clean(spec.source)})")
         notes.append(
