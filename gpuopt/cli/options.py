@@ -122,6 +122,12 @@ MaxTimeOpt = Annotated[str | None, _option("--max-time", metavar="TIME", help="A
 PairsOpt = Annotated[
     int | None, _option("--pairs", help="Interleaved blocks a side when candidates are compared. Default 20.", panel=MEASURE)
 ]
+BuildJobsOpt = Annotated[
+    int,
+    _option(
+        "--build-jobs", help="Candidates built and verified at once, before anything is timed.", panel=MEASURE, min=1, show_default=True
+    ),
+]
 SustainedOpt = Annotated[
     str,
     _option(

@@ -277,6 +277,8 @@ class BenchSpec:
     """Length of the loop over which NVML's energy counter is read; 0 skips it."""
     timeout_s: float = 1800.0
     """For a child's slowest single step."""
+    build_jobs: int = 1
+    """Candidates built and verified at once; nothing is timed meanwhile."""
     sustained: str = "auto"
     """Whether products are timed between the candidates' blocks, as the ceiling under the same load: `on`, `off`, or `auto` for GPUs alone."""
 

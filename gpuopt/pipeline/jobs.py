@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -243,14 +244,28 @@ def comparable(candidates: tuple[Candidate, ...]) -> list[list[Candidate]]:
 def _bench_group(
     group: list[Candidate], job: Job, machine: Machine, progress: Progress, on_update: Callable[[list[Run]], None]
 ) -> list[Seat]:
-    """Build and verify one after the other, then time all that are left in interleaved blocks."""
+    """Build and verify, then time all that are left in interleaved blocks."""
     with ExitStack() as stack:
-        seats = []
-        for candidate in group:
-            seat = stack.enter_context(seated(candidate, job, progress))
-            seats.append(seat)
+        # Left last: the children are gone by then, so no thread still waits for one.
+        builders = stack.enter_context(ThreadPoolExecutor(max_workers=max(1, job.bench.build_jobs)))
+        seats: list[Seat] = []
+
+        def prepare(seat: Seat) -> None:
+            if job.bench.build_jobs > 1 and len(group) > 1:
+                seat.run = replace(
+                    seat.run, notes=(*seat.run.notes, "built beside other candidates: its compile time and cold start are upper bounds")
+                )
             _prepare(seat, job)
-            on_update([s.run for s in seats])
+
+        for wave in range(0, len(group), max(1, job.bench.build_jobs)):
+            # Children are started here, a wave at a time: the kernel ends a child with the thread that started it.
+            started = [
+                stack.enter_context(seated(candidate, job, progress)) for candidate in group[wave : wave + max(1, job.bench.build_jobs)]
+            ]
+            seats += started
+            for done in [builders.submit(prepare, seat) for seat in started]:
+                done.result()
+                on_update([s.run for s in seats])
         live = [seat for seat in seats if seat.ok]
         if len(live) == 1:
             live[0].step(lambda s: _measured(s, job, machine))

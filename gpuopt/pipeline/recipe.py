@@ -339,7 +339,7 @@ def check(job: Job) -> None:
         value = getattr(getattr(job, part), name)
         if value is not None and not value >= 0:
             raise UsageError(f"{part}.{name} is {value}", fix="a number from 0")
-    for name in ("min_iterations", "num_pairs"):
+    for name in ("min_iterations", "num_pairs", "build_jobs"):
         if getattr(job.bench, name) < 1:
             raise UsageError(f"bench.{name} is {getattr(job.bench, name)}", fix="a whole number from 1")
     if job.bench.max_time_s < job.bench.min_time_s:

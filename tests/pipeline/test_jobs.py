@@ -6,6 +6,7 @@ Faults that end a process are given to real children, once; everything else runs
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,45 @@ def test_a_hang_costs_its_timeout_and_no_more(storm: tuple[Report, Any]) -> None
     run = storm[0].runs[list(FAULTS).index("null:fail=ignore_sigterm")]
     assert "20 s" in run.reason
     assert "--timeout" in run.fix
+
+
+def test_candidates_built_at_once_end_as_they_do_one_after_the_other(
+    models: Models, tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(jobs, "survey", tools.fake_survey)
+    made: list[Child] = []
+    monkeypatch.setattr(jobs, "Child", lambda: made.append(Child()) or made[-1])
+    names = ["null", "null:fail=segv", "null:fail=ignore_sigterm", "null:sleep_ms=1"]
+    candidates = [tools.candidate(models("net"), backend, N=4) for backend in names]
+    began = time.monotonic()
+    report = jobs.bench(tools.job("bench", *candidates, bench=replace(tools.QUICK, timeout_s=15.0, build_jobs=3)))
+    assert [run.status for run in report.runs] == [Status.OK, Status.CRASH, Status.TIMEOUT, Status.OK]
+    assert report.runs[3].relative is not None and report.runs[3].relative.num_pairs == 6
+    assert all(any("upper bounds" in note for note in run.notes) for run in report.runs)
+    assert not any(child.alive for child in made)
+    assert time.monotonic() - began < 60
+
+
+def test_an_interrupt_while_several_are_being_built_leaves_no_child_and_waits_for_none(
+    models: Models, tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(jobs, "survey", tools.fake_survey)
+    made: list[Child] = []
+    monkeypatch.setattr(jobs, "Child", lambda: made.append(Child()) or made[-1])
+
+    class Interrupted(tools.Watcher):  # type: ignore[misc,name-defined]
+        def so_far(self, report: Report) -> None:
+            raise KeyboardInterrupt
+
+    names = ["null", "null:fail=ignore_sigterm"]
+    candidates = [tools.candidate(models("net"), backend, N=4) for backend in names]
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        jobs.bench(tools.job("bench", *candidates, bench=replace(tools.QUICK, timeout_s=120.0, build_jobs=2)), Interrupted())
+    assert not any(child.alive for child in made)
+    assert time.monotonic() - began < 40, "the one that hangs was waited for"
 
 
 # --- in this process

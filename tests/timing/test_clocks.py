@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Any
 
@@ -123,7 +124,8 @@ def test_the_timed_loop_adds_under_one_percent_to_a_millisecond_on_the_host() ->
 
 @pytest.mark.gpu
 def test_the_timed_loop_adds_under_one_percent_over_a_bare_event_loop_on_a_gpu() -> None:
-    """The bare loop is the shortest that gives a time a call: two events around each, read at the end. Best of alternating rounds on both sides."""
+    """The bare loop is the shortest that gives a time a call: two events around each, read at the end. Median of pairs, who goes first alternating:
+    products heat the card, and whoever comes second meets that."""
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.float16)
     out = torch.empty_like(a)
     clock = clocks.CudaClock("cuda")
@@ -132,8 +134,7 @@ def test_the_timed_loop_adds_under_one_percent_over_a_bare_event_loop_on_a_gpu()
     def call() -> None:
         torch.mm(a, a, out=out)
 
-    bare, timed = [], []
-    for _ in range(9):
+    def bare() -> int:
         torch.cuda.synchronize()
         begin = time.perf_counter_ns()
         for start, end in events:
@@ -141,9 +142,17 @@ def test_the_timed_loop_adds_under_one_percent_over_a_bare_event_loop_on_a_gpu()
             call()
             end.record()
         torch.cuda.synchronize()
-        bare.append(time.perf_counter_ns() - begin)
-        timed.append(clock.time_calls(call, 200)[1])
-    assert min(timed[1:]) < 1.01 * min(bare[1:])
+        return time.perf_counter_ns() - begin
+
+    def timed() -> int:
+        return clock.time_calls(call, 200)[1]
+
+    ratios = []
+    for number in range(16):
+        first, second = (bare, timed) if number % 2 else (timed, bare)
+        taken = {first: first(), second: second()}
+        ratios.append(taken[timed] / taken[bare])
+    assert statistics.median(ratios[2:]) < 1.01
 
 
 @pytest.mark.gpu
