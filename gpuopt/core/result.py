@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from gpuopt.core.spec import BackendSpec, Precision
+from gpuopt.core.spec import BackendSpec, Change, Precision
 
 SCHEMA_VERSION = 1
 
@@ -375,13 +375,40 @@ class PrecisionAudit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """Something a user should change. Rules come with the doctor; loaders and inputs already use it for what they noticed."""
+    """Something a user should change: by a rule of the doctor, or noticed on the way (inputs that were guessed)."""
 
     code: str
+    """`GPU012`, or a word for what no rule found."""
     severity: str
-    """`error`, `warning` or `info`."""
+    """`error` (wrong or broken), `warning` (worth a twentieth of the time or more) or `info`."""
     message: str
+    """What was seen, with its figures, in one line."""
     fix: str = ""
+    """The exact change, in one line."""
+    rule: str = ""
+    """The rule's name in words: `pageable-h2d`."""
+    module: str | None = None
+    """Qualified name of the module it is about."""
+    line: str | None = None
+    """Source line, `file.py:12`."""
+    op: str | None = None
+    """Op or kernel it is about."""
+    count: int | None = None
+    """How often a call."""
+    bytes: float | None = None
+    time_ms: float | None = None
+    """What it takes now, a call."""
+    gain_low_ms: float | None = None
+    gain_high_ms: float | None = None
+    """What the change would give back, a call: between these two. None where it cannot be priced."""
+    safe: bool = False
+    """The change keeps the model's results within the accuracy gate by its nature."""
+    change: Change | None = None
+    """The change as gpuopt can make it itself; None where only the user can."""
+    measured_gain_ms: float | None = None
+    """After --fix: what it gave back, from interleaved pairs."""
+    confirmed: bool | None = None
+    """After --fix: whether that lies in the predicted range."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -257,6 +257,37 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What a finding would change in a candidate; None and empty keep what is there."""
+
+    precision: Precision | None = None
+    backend: BackendSpec | None = None
+    channels_last: bool = False
+    fold_batch_norm: bool = False
+    input_mode: str | None = None
+    inputs: tuple[str, ...] = ()
+    """Tensor specs to give besides (an all-ones mask), as text."""
+    dims: dict[str, int] = field(default_factory=dict)
+
+    def applied(self, candidate: Candidate) -> Candidate:
+        """The candidate with this change made."""
+        transforms = replace(
+            candidate.transforms,
+            channels_last=candidate.transforms.channels_last or self.channels_last,
+            fold_batch_norm=candidate.transforms.fold_batch_norm or self.fold_batch_norm,
+        )
+        return replace(
+            candidate,
+            precision=self.precision or candidate.precision,
+            backend=self.backend or candidate.backend,
+            transforms=transforms,
+            input_mode=self.input_mode or candidate.input_mode,
+            inputs=replace(candidate.inputs, tensors=(*candidate.inputs.tensors, *(TensorSpec.parse(text) for text in self.inputs))),
+            dims={**candidate.dims, **self.dims},
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchSpec:
     """How long to measure and when to stop."""
 

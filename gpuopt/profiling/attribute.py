@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 
 from gpuopt.core.result import Ceilings, Count, ModuleRow, OpRecord
 from gpuopt.core.spec import DTYPE_BYTES
+from gpuopt.core.trace import CpuOp, Trace
 from gpuopt.profiling import formulas, roofline
-from gpuopt.profiling.events import CpuOp, Trace
 
 UNKNOWN_MODULE = "?"
 

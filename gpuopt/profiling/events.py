@@ -1,4 +1,4 @@
-"""A Kineto trace (Chrome JSON) -> Trace: kernels, copies, runtime calls, ops, module ranges and steps, linked to each other. Pure: plain dicts in, plain values out.
+"""A Kineto trace (Chrome JSON) -> Trace: kernels, copies, runtime calls, ops, module ranges and steps, linked to each other. Pure: plain dicts in, plain values out (core/trace.py).
 
 The exported JSON is read rather than the profiler's objects: it alone carries graph ids, copy kinds and byte counts, and it has kept its form from torch 2.11 to 2.13.
 All times are nanoseconds from the first event.
@@ -8,137 +8,13 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
+
+from gpuopt.core.trace import Copy, CpuOp, Kernel, ModuleRange, RuntimeCall, Step, Trace
 
 STEP = "gpuopt::step"
 MODULE = "module::"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One traced call, from its first line to the synchronisation after it."""
-
-    start_ns: int
-    dur_ns: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CpuOp:
-    """One op on the host, between its entry and its return."""
-
-    index: int
-    name: str
-    """`aten::mm`."""
-    start_ns: int
-    dur_ns: int
-    self_ns: int
-    """Without what its children took."""
-    num_children: int
-    """Events recorded directly below it, module ranges included: each cost the profiler time inside this op."""
-    thread: str
-    parent: int | None
-    """Index of the enclosing op."""
-    module: str | None
-    """Qualified name of the innermost module around it; None where no ranges were recorded."""
-    module_class: str = ""
-    step: int | None = None
-    external_id: int | None = None
-    shapes: tuple[tuple[int, ...], ...] = ()
-    """Of its tensor inputs with at least one dimension, lists flattened."""
-    dtypes: tuple[str, ...] = ()
-    """As Kineto writes them: `float`, `c10::Half`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kernel:
-    """One kernel (or memset) on the device."""
-
-    name: str
-    start_ns: int
-    dur_ns: int
-    stream: int
-    correlation: int | None
-    op: int | None
-    """Index of the innermost op that launched it."""
-    step: int | None
-    graph_id: int | None = None
-    """Set when it ran from a CUDA graph (the replay's correlation where Kineto gives no id): then `op` is the replay's, which says nothing."""
-    is_memset: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Copy:
-    """One copy engine transfer."""
-
-    kind: str
-    """`h2d`, `d2h`, `d2d`, `p2p` or `h2h`."""
-    memory: str
-    """`pageable`, `pinned` or "" where Kineto does not say: of the host side."""
-    bytes: int
-    start_ns: int
-    dur_ns: int
-    stream: int
-    correlation: int | None
-    op: int | None
-    step: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RuntimeCall:
-    """One CUDA runtime or driver call on the host."""
-
-    name: str
-    kind: str
-    """`launch`, `graph`, `copy`, `sync`, `alloc` or `other`."""
-    start_ns: int
-    dur_ns: int
-    thread: str
-    correlation: int | None
-    op: int | None
-    step: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModuleRange:
-    """One forward of one module."""
-
-    name: str
-    module_class: str
-    start_ns: int
-    dur_ns: int
-    thread: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trace:
-    """What ran, where and when, over a few steps. No figure in it is a latency: tracing stretches the host side."""
-
-    device: str
-    steps: tuple[Step, ...] = ()
-    kernels: tuple[Kernel, ...] = ()
-    copies: tuple[Copy, ...] = ()
-    runtime: tuple[RuntimeCall, ...] = ()
-    ops: tuple[CpuOp, ...] = ()
-    """Indexed by `CpuOp.index`."""
-    modules: tuple[ModuleRange, ...] = ()
-    num_lost: int = 0
-    """Device events outside every step: they belong to nobody."""
-    notes: tuple[str, ...] = ()
-
-    @property
-    def on_device(self) -> bool:
-        """Whether anything ran on a device of its own; otherwise the ops themselves are the work."""
-        return bool(self.kernels or self.copies)
-
-    def chain(self, op: int | None) -> Iterable[CpuOp]:
-        """The op and those around it, innermost first."""
-        while op is not None:
-            found = self.ops[op]
-            yield found
-            op = found.parent
-
 
 _COPY = re.compile(r"Memcpy (?P<kind>[A-Za-z]+)(?: \((?P<source>\w+) -> (?P<target>\w+)\))?")
 _COPY_KINDS = {

@@ -14,8 +14,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gpuopt.core.errors import Unavailable
+from gpuopt.core.trace import Trace
 from gpuopt.profiling.count import module_events
-from gpuopt.profiling.events import MODULE, STEP, Trace, from_chrome
+from gpuopt.profiling.events import MODULE, STEP, from_chrome
 
 __all__ = ["Trace", "record"]
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 
 from gpuopt.core.result import Ceilings, OpRecord, Waterfall, WaterfallPart
-from gpuopt.profiling.events import RuntimeCall, Trace
+from gpuopt.core.trace import RuntimeCall, Trace
 from gpuopt.profiling.roofline import floor_ns, link_of
 
 PARTS = ("host-to-device", "launch gaps", "compute-bound", "memory-bound", "other", "device-to-host", "unaccounted")

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from gpuopt.core.result import Ceiling, Ceilings
-from gpuopt.profiling.events import MODULE, STEP, Trace, from_chrome
+from gpuopt.core.trace import Trace
+from gpuopt.profiling.events import MODULE, STEP, from_chrome
 
 
 class Timeline:
