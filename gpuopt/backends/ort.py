@@ -12,9 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import onnxruntime
 import torch
-from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from gpuopt.core import binding
 from gpuopt.core.accepts import dtype_name
@@ -23,7 +21,10 @@ from gpuopt.core.live import Inputs, Model, Runner
 from gpuopt.core.result import PrecisionAudit
 from gpuopt.core.spec import Precision
 from gpuopt.core.tally import Tally
-from gpuopt.trust import gate
+from gpuopt.trust import gate, packages
+
+onnxruntime = packages.load("onnxruntime")
+native = onnxruntime.capi.onnxruntime_pybind11_state
 
 OPAQUE_ON_CPU = True
 """torch.profiler sees ONNX Runtime's CUDA kernels, and nothing of what its CPU provider does."""
@@ -42,6 +43,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Preset -> the options it stands for; `provider` only says which device the preset makes sense on."""
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+PROVIDERS = {"cpu": CPU, "cuda": CUDA}
+
+_OTHER_WHEEL = "pip uninstall onnxruntime, then pip install 'gpuopt[ort-gpu]'"
 
 OPTIMIZATION = {
     "off": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -113,17 +117,30 @@ PIPELINE_OPTIONS = ("preset", "precision", "dynamic", "layer_flops", "device", "
 
 def available(device: str) -> str | None:
     """None, or why ONNX Runtime cannot run on this device here."""
-    if not hasattr(onnxruntime, "InferenceSession"):
-        return "the package onnxruntime is there but empty (two of its variants were installed over each other); reinstall one of them"
+    problem = packages.why_not(
+        onnxruntime
+    )  # also after the import: `pip uninstall` of one variant empties the other under a running process
+    if problem is not None:
+        return f"{problem[0]}: {problem[1]}"
     if device == "cpu":
         return None
     if not device.startswith("cuda"):
         return f"ONNX Runtime has no provider for {device!r} here"
-    if CUDA not in onnxruntime.get_available_providers():
-        return "this onnxruntime has no CUDA provider: pip uninstall onnxruntime, then pip install 'gpuopt[ort-gpu]'"
+    missing = _no_cuda_provider()
+    if missing:
+        return f"{missing}: {_OTHER_WHEEL}"
     if not torch.cuda.is_available():
         return "no CUDA device or driver"
     return None
+
+
+def _no_cuda_provider() -> str | None:
+    """None, or which wheel of ONNX Runtime is here instead of the one with the CUDA provider."""
+    if CUDA in onnxruntime.get_available_providers():
+        return None
+    found = packages.installed("onnxruntime")
+    over = " (installed over each other: the last one wins)" if " and " in found else ""
+    return f"{found}{over} has no CUDA provider"
 
 
 def supports(form: str, precision: Precision | None, device: str) -> str | None:
@@ -205,6 +222,11 @@ def _settings(options: Mapping[str, Any], device: str, fixed: Mapping[str, int],
         raise UsageError(f"ort has no option {unknown[0]!r}", fix="one of " + ", ".join(USER_OPTIONS))
     chosen = {**PRESETS[preset], **{name: options[name] for name in USER_OPTIONS if name in options}}
     wanted = chosen.pop("provider", _kind(device))
+    if wanted not in PROVIDERS:
+        raise UsageError(f"provider is {wanted!r}", fix="one of " + ", ".join(PROVIDERS))
+    missing = _no_cuda_provider() if wanted == "cuda" else None
+    if missing:  # before the device is compared: with this wheel no --device would do
+        raise Unavailable(f"ort:{preset} asks for the CUDA provider, and {missing}", fix=_OTHER_WHEEL)
     if wanted != _kind(device):
         raise UsageError(f"ort:{preset} is for {wanted}, the inputs are on {device}", fix=f"--device {wanted}, or another preset")
     if chosen.get("optimization", "all") not in OPTIMIZATION:

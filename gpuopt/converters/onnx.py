@@ -10,20 +10,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
-from onnx.checker import ValidationError
-from onnxscript import optimizer
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from gpuopt.converters import exported
 from gpuopt.converters.publish import publish
-from gpuopt.core.errors import GateFailed, Unsupported
+from gpuopt.core.errors import GateFailed, Unavailable, Unsupported
 from gpuopt.core.live import Inputs, Model
 from gpuopt.programs.export import Ranges
 from gpuopt.programs.plain import plain
-from gpuopt.trust import gate
+from gpuopt.trust import gate, packages
 
 _INLINE_BYTES = 1_500_000_000
 """Weights from here on go into a file beside the model: protobuf ends at 2 GiB."""
@@ -42,6 +39,7 @@ def export(model: Model, inputs: Inputs, path: Path, dynamic: Ranges | None = No
     What the file lacks (an input the model never reads) or could not be checked is added to `model.notes`.
     Raises Unsupported with the exporter's reason, GateFailed where the file gives other answers than the module.
     """
+    _require_exporter()
     program = exported.export(model, inputs, dynamic)
     names = _input_names(program, inputs)
     outputs = _output_names(program, names)
@@ -52,6 +50,15 @@ def export(model: Model, inputs: Inputs, path: Path, dynamic: Ranges | None = No
             notes += _check(temporary, model, inputs, names, outputs)
     model.notes += [note for note in notes if note not in model.notes]
     return path
+
+
+def _require_exporter() -> None:
+    """The extra is imported here and not with this file: everything but ONNX must work without it. Raises Unavailable."""
+    packages.load("onnx")
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise Unavailable(f"the ONNX exporter needs the package onnxscript: {error}", fix="pip install 'gpuopt[onnx]'") from error
 
 
 def _write(
@@ -78,6 +85,8 @@ def _write(
             )
             assert made is not None
             if narrow:
+                from onnxscript import optimizer
+
                 optimizer.fold_constants(made.model)
                 optimizer.remove_unused_nodes(made.model)
     except torch.OutOfMemoryError:
@@ -97,15 +106,16 @@ def _write(
 
 def _missing(path: Path, names: Sequence[str]) -> list[str]:
     """A sentence for each input that the exporter left out."""
-    held = {value.name for value in onnx.load(path, load_external_data=False).graph.input}
+    held = {value.name for value in packages.load("onnx").load(path, load_external_data=False).graph.input}
     lost = [name for name in names if name not in held]
     return [f"the ONNX file does not take {', '.join(lost)}: the model never reads {'it' if len(lost) == 1 else 'them'}"] if lost else []
 
 
 def _check(path: Path, model: Model, inputs: Inputs, names: Sequence[str], outputs: Sequence[str]) -> list[str]:
+    onnx = packages.load("onnx")
     try:
         onnx.checker.check_model(path)
-    except ValidationError as error:
+    except onnx.checker.ValidationError as error:
         raise Unsupported(
             f"the exporter wrote an invalid ONNX file for {model.name}: {str(error).splitlines()[0]}", fix="--to pt2"
         ) from error

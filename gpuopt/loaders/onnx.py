@@ -7,13 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from gpuopt.core.errors import BadInput
 from gpuopt.core.live import Model
 from gpuopt.core.spec import ModelRef, TensorSpec
-from gpuopt.trust import consent, gate
+from gpuopt.trust import consent, gate, packages
 from gpuopt.trust.policy import printable
+
+onnx = packages.load("onnx")
 
 _DTYPES = {
     1: "float32", 2: "uint8", 3: "int8", 5: "int16", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 14: "complex64",

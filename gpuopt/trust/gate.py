@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from gpuopt.core.errors import BadInput, GpuoptError, Unavailable, Unsupported, Untrusted, UsageError
-from gpuopt.trust import archives, consent, pickles, policy
+from gpuopt.trust import archives, consent, packages, pickles, policy
 from gpuopt.trust.policy import Format, printable
 
 MAX_EXPANDED_BYTES = 64 * 2**20
@@ -417,13 +417,10 @@ def check_onnx(path_or_bytes: Path | str | bytes, trust: tuple[str, ...] = ()) -
     """An ONNX file or message -> its ModelProto, external data not loaded, after checks that the onnx package and ONNX Runtime leave out.
 
     Raises BadInput: damage, external data outside the folder, in a link, a pipe or past its file's end, shapes larger than their data, unknown
-    operators and operator sets. Raises Untrusted for nodes that hold native code (EPContext) and Unavailable without the onnx package.
+    operators and operator sets. Raises Untrusted for nodes that hold native code (EPContext) and Unavailable without a working onnx package.
     """
-    try:
-        import onnx
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise Unavailable(f"ONNX files need the package {error.name!r}", fix="pip install 'gpuopt[onnx]'") from error
+    onnx = packages.load("onnx")
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     path: Path | None
     if isinstance(path_or_bytes, bytes):
@@ -463,12 +460,7 @@ def onnx_session(
     not built in or does not start, Unsupported when a node would need the CPU, and what `check_onnx` raises.
     """
     check_onnx(model if isinstance(model, bytes) else Path(model), trust)
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise Unavailable(
-            f"ONNX Runtime does not import: {error}", fix="pip install 'gpuopt[onnx]' or 'gpuopt[ort-gpu]', never both"
-        ) from error
+    ort = packages.load("onnxruntime")
     pairs = [(p, {}) if isinstance(p, str) else (p[0], dict(p[1])) for p in providers]
     if not pairs:
         raise UsageError("no execution provider was named", fix="ort:cpu or ort:cuda")
@@ -523,8 +515,7 @@ def copy_onnx(path: Path | str, target: Path | str) -> dict[str, str]:
     """
     path, target = Path(path), Path(target)
     model = check_onnx(path)
-    import onnx
-
+    onnx = packages.load("onnx")
     locations: dict[str, None] = {}
     for tensor in _onnx_tensors(onnx, model):
         for entry in tensor.external_data:

@@ -629,6 +629,35 @@ def onnx_data_in_a_pipe(folder: Path, canary: Path) -> Path:
 
 
 @case(33)
+def onnx_data_in_dev_zero(folder: Path, canary: Path) -> Path:
+    return onnx_model(folder, location="/dev/zero")
+
+
+@case(33)
+def onnx_data_behind_a_link_to_dev_zero(folder: Path, canary: Path) -> Path:
+    (folder / "w.bin").symlink_to("/dev/zero")
+    return onnx_model(folder, location="w.bin")
+
+
+@case(33)
+def onnx_data_in_a_pipe_with_a_length(folder: Path, canary: Path) -> Path:
+    os.mkfifo(folder / "w.bin")
+    return onnx_model(folder, location="w.bin", offset="0", length="16")
+
+
+@case(33)
+def onnx_that_is_itself_a_pipe(folder: Path, canary: Path) -> Path:
+    os.mkfifo(folder / "m.onnx")
+    return folder / "m.onnx"
+
+
+@case(33)
+def onnx_that_is_itself_dev_zero(folder: Path, canary: Path) -> Path:
+    (folder / "m.onnx").symlink_to("/dev/zero")
+    return folder / "m.onnx"
+
+
+@case(33)
 def onnx_data_that_is_missing(folder: Path, canary: Path) -> Path:
     return onnx_model(folder, location="w.bin")
 
@@ -678,6 +707,34 @@ def onnx_truncated(folder: Path, canary: Path) -> Path:
     path = onnx_model(folder)
     path.write_bytes(path.read_bytes()[:-5])
     return path
+
+
+def sparse(path: Path, head: bytes, size: int) -> Path:
+    """A file of this size of which only the head is written: the rest is a hole that takes no disk."""
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(size)
+    return path
+
+
+def varint(value: int) -> bytes:
+    out = b""
+    while value > 0x7F:
+        out += bytes([value & 0x7F | 0x80])
+        value >>= 7
+    return out + bytes([value])
+
+
+@case(37)
+def onnx_larger_than_a_protobuf_may_be(folder: Path, canary: Path) -> Path:
+    length = 3 * 2**30
+    head = b"\x08\x08" + b"\x3a" + varint(length)  # ir_version 8, then a graph of 3 GiB: whole, as far as its lengths say
+    return sparse(folder / "m.onnx", head, len(head) + length)
+
+
+@case(37)
+def onnx_of_nothing_but_zeros(folder: Path, canary: Path) -> Path:
+    return sparse(folder / "m.onnx", b"", 3 * 2**30)
 
 
 @case(37)

@@ -200,7 +200,7 @@ def test_strings_are_unsupported(tmp_path: Path) -> None:
         ort.build(model, Inputs(args=(torch.zeros(1),)), {})
 
 
-def test_an_unknown_preset_or_option_is_named() -> None:
+def test_an_unknown_preset_or_option_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model(form="onnx", name="m", path=Path("m.onnx"))
     with pytest.raises(UsageError, match="no preset 'fast'"):
         ort.build(model, Inputs(), {"preset": "fast"})
@@ -208,6 +208,9 @@ def test_an_unknown_preset_or_option_is_named() -> None:
         ort.build(model, Inputs(), {"thread": 2})
     with pytest.raises(UsageError, match="optimization is 'O9'"):
         ort.build(model, Inputs(), {"optimization": "O9"})
+    with pytest.raises(UsageError, match="provider is 'directml'"):
+        ort.build(model, Inputs(), {"provider": "directml"})
+    monkeypatch.setattr(ort.onnxruntime, "get_available_providers", lambda: [ort.CUDA, ort.CPU])
     with pytest.raises(UsageError, match="ort:nhwc is for cuda"):
         ort.build(model, Inputs(), {"preset": "nhwc"})
 
@@ -395,6 +398,32 @@ def test_cuda_without_its_provider_is_unavailable_and_never_a_cpu_session(export
         ort.build(case.model, case.inputs, {"device": "cuda"})
 
 
+@pytest.mark.parametrize("options", [{"preset": "cuda"}, {"preset": "tunable"}, {"provider": "cuda"}])
+@pytest.mark.parametrize(
+    ("wheels", "said"),
+    [
+        ({"onnxruntime": "1.31.1"}, "onnxruntime 1.31.1 has no CUDA provider"),
+        (
+            {"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.30.0"},
+            "onnxruntime 1.31.1 and onnxruntime-gpu 1.30.0 (installed over each other",
+        ),
+    ],
+)
+def test_the_cuda_provider_asked_of_the_cpu_wheel_is_unavailable_whatever_the_device(
+    wheels: dict[str, str], said: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit 4 and not 2: with this wheel there is no command line that would do. The wheel found and the one wanted are named."""
+    monkeypatch.setattr(ort.packages, "_of_wheel", lambda name: wheels.get(name, ""))
+    monkeypatch.setattr(ort.onnxruntime, "get_available_providers", lambda: [ort.CPU])
+    model = Model(form="onnx", name="m", path=Path("m.onnx"))
+    for device in ("cpu", "cuda:0"):
+        with pytest.raises(Unavailable) as caught:
+            ort.build(model, Inputs(), {**options, "device": device})
+        assert said in caught.value.message
+        assert "gpuopt[ort-gpu]" in caught.value.fix
+    assert said in (ort.available("cuda:0") or "") and "gpuopt[ort-gpu]" in (ort.available("cuda:0") or "")
+
+
 def test_a_session_that_fell_to_the_cpu_is_unavailable(exported: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     class Fallen:
         def get_providers(self) -> list[str]:
@@ -456,7 +485,8 @@ def test_out_of_memory_is_told_from_other_failures() -> None:
 
 def test_an_emptied_package_is_said_to_be_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(ort.onnxruntime, "InferenceSession")
-    assert "reinstall" in (ort.available("cpu") or "")
+    reason = ort.available("cpu") or ""
+    assert ort.onnxruntime.__version__ in reason and "1.24 or later" in reason and "pip install" in reason
 
 
 def test_what_can_never_be_has_a_reason() -> None:

@@ -66,19 +66,114 @@ def test_a_driver_without_a_gpu_says_so(fake_cuda, fake_nvml):
     assert "finds no GPU" in refused("cuda")
 
 
-@pytest.mark.parametrize(("value", "said"), [("", "empty"), (" , ", "empty"), ("0,0", "twice"), ("7", "names no GPU")])
-def test_a_wrong_cuda_visible_devices_is_named(fake_cuda, monkeypatch, value, said):
+WRONG = [
+    ("", "empty"),
+    (" , ", "empty"),
+    ("-1", "hides every GPU"),
+    ("-1,0", "hides every GPU"),
+    ("0,0", "twice"),
+    ("1, 01", "twice"),
+    ("GPU-22222222-bbbb,GPU-22222222-bbbb", "twice"),
+    ("7", "names no GPU of this machine (2 there)"),
+    ("2,0", "names no GPU of this machine (2 there)"),
+    ("all", "names no GPU"),
+    ("GPU-33333333", "names no GPU"),
+]
+
+
+@pytest.mark.parametrize(("value", "said"), WRONG)
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7"])
+def test_a_wrong_cuda_visible_devices_is_named_with_its_value(fake_cuda, monkeypatch, value, said, device):
     fake_cuda.count = 0
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    with pytest.raises(Unavailable) as caught:
+        info.resolve(device)
+    assert f"CUDA_VISIBLE_DEVICES={value!r}" in caught.value.message and said in caught.value.message
+    assert "CUDA_VISIBLE_DEVICES" in caught.value.fix and "0 to 1" in caught.value.fix
+
+
+@pytest.mark.parametrize("value", ["0", "1,0", "0,9,1", "0,-1"])
+def test_a_variable_that_is_right_is_not_blamed_for_what_torch_cannot_do(fake_cuda, fake_nvml, monkeypatch, value):
+    """Schedulers set it for every job: a GPU that does not start for another reason must not send anyone to look for the error there."""
+    fake_cuda.count = 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+
+    def init():
+        raise RuntimeError("CUDA driver initialization failed, you might not have a CUDA gpu.\nmore")
+
+    monkeypatch.setattr(torch.cuda, "init", init)
     message = refused("cuda")
-    assert "CUDA_VISIBLE_DEVICES" in message and said in message
+    assert "CUDA_VISIBLE_DEVICES" not in message and message.endswith("CUDA driver initialization failed, you might not have a CUDA gpu.")
+    fake_nvml.answers["nvmlSystemGetCudaDriverVersion_v2"] = lambda: 12080
+    assert "12.8" in refused("cuda") and "CUDA_VISIBLE_DEVICES" not in refused("cuda")
 
 
-def test_a_driver_too_old_for_this_torch_is_named_with_both_versions(fake_cuda, fake_nvml):
+@pytest.mark.parametrize(("value", "shown"), [("1", 1), ("0,9,1", 1), ("1,0", 2)])
+def test_an_index_beyond_what_the_variable_shows_names_the_variable(fake_cuda, monkeypatch, value, shown):
+    fake_cuda.count = shown
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    with pytest.raises(Unavailable) as caught:
+        info.resolve("cuda:7")
+    assert f"CUDA_VISIBLE_DEVICES={value!r} shows {shown} GPU" in caught.value.message and "of 2" in caught.value.message
+    assert "--device cuda:0" in caught.value.fix and "CUDA_VISIBLE_DEVICES" in caught.value.fix
+
+
+def test_auto_on_the_cpu_of_a_machine_with_a_gpu_says_why(fake_cuda, fake_nvml, monkeypatch):
+    fake_cuda.count = 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "9")
+    (note,) = info.describe(info.resolve("auto")).notes
+    assert "GPU that is not used" in note and "CUDA_VISIBLE_DEVICES='9'" in note
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert info.describe("cpu").notes == (), "somebody wanted it so"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA" in info.describe("cpu").notes[0]
+    fake_nvml.answers["nvmlDeviceGetCount"] = lambda: 0
+    assert info.describe("cpu").notes == ()
+
+
+def test_a_gpu_that_could_be_used_is_no_note_on_the_cpu(fake_cuda):
+    assert info.describe("cpu").notes == ()
+
+
+@pytest.mark.parametrize("visible", [None, "0", "9"])
+def test_a_driver_too_old_for_this_torch_is_named_with_both_versions(fake_cuda, fake_nvml, monkeypatch, visible):
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     fake_cuda.count = 0
     fake_nvml.answers["nvmlSystemGetCudaDriverVersion_v2"] = lambda: 11040
-    message = refused("cuda")
-    assert "11.4" in message and "13.0" in message and "580.82.07" in message
+    with pytest.raises(Unavailable) as caught:
+        info.resolve("cuda")
+    message = caught.value.message
+    assert "11.4" in message and "13.0" in message and "580.82.07" in message and torch.__version__ in message
+    assert "CUDA 13" in caught.value.fix and "CUDA 11" in caught.value.fix
+
+
+def test_a_driver_too_old_is_found_without_nvml_too(fake_cuda, fake_nvml, monkeypatch):
+    """A container without the driver's tools: the driver itself is asked."""
+    fake_cuda.count = 0
+    fake_nvml.missing.add("nvmlInit")
+    monkeypatch.setattr(info, "_version_in", lambda library: (12, 4))
+    assert "CUDA up to 12.4" in refused("cuda") and "13.0" in refused("cuda")
+    monkeypatch.setattr(info, "_version_in", lambda library: None)
+    assert "no NVIDIA driver answers" in refused("cuda")
+
+
+def test_the_drivers_library_is_asked_for_its_version_alone(monkeypatch):
+    def answering(code, number):
+        def version(pointer):
+            pointer._obj.value = number
+            return code
+
+        return lambda library: SimpleNamespace(cuDriverGetVersion=version)
+
+    for code, number, wanted in ((0, 12040, (12, 4)), (0, 13000, (13, 0)), (0, 0, None), (3, 12040, None)):
+        monkeypatch.setattr(info.ctypes, "CDLL", answering(code, number))
+        assert info._version_in("libcuda.so.1") == wanted
+    monkeypatch.undo()
+    assert info._version_in("libnothing-of-this-name.so.1") is None
+    assert info._version_in("libc.so.6") is None, "a library without that function"
 
 
 def test_an_older_minor_version_of_the_same_cuda_is_no_reason(fake_cuda, fake_nvml, monkeypatch):
@@ -94,7 +189,37 @@ def test_an_index_that_is_not_there_is_refused(fake_cuda):
 
 def test_a_gpu_that_torch_was_not_built_for_is_refused_before_a_kernel_fails(fake_cuda):
     fake_cuda.capability = (7, 0)
-    assert "sm_70" in refused("cuda") and "sm_80" in refused("cuda")
+    with pytest.raises(Unavailable) as caught:
+        info.resolve("cuda:1")
+    assert "sm_70" in caught.value.message and "sm_80" in caught.value.message and "NVIDIA H200" in caught.value.message
+    assert torch.__version__ in caught.value.message
+    assert "an older torch" in caught.value.fix and "sm_70" in caught.value.fix
+    fake_cuda.capability = (12, 0)
+    fake_cuda.arches = ["sm_80", "sm_90"]
+    with pytest.raises(Unavailable) as caught:
+        info.resolve("cuda:1")
+    assert "a newer torch" in caught.value.fix and "sm_120" in caught.value.fix
+
+
+def test_ptx_alone_needs_a_driver_whose_compiler_knows_it(fake_cuda, fake_nvml):
+    fake_cuda.capability, fake_cuda.arches = (12, 0), ["sm_90", "compute_90"]
+    assert info.resolve("cuda") == "cuda:0"
+    fake_nvml.answers["nvmlSystemGetCudaDriverVersion_v2"] = lambda: 12080
+    message = refused("cuda")
+    assert "sm_120" in message and "12.8" in message and "13.0" in message
+    fake_cuda.capability = (9, 0)
+    assert info.resolve("cuda") == "cuda:0", "machine code needs no compiler"
+
+
+def test_nothing_runs_on_a_gpu_to_find_out(fake_cuda, monkeypatch):
+    def launched(*_, **__):
+        raise AssertionError("something ran on the GPU")
+
+    for name in ("init", "_lazy_init", "synchronize", "current_stream", "set_device"):
+        monkeypatch.setattr(torch.cuda, name, launched)
+    assert info.resolve("cuda") == "cuda:0"
+    fake_cuda.capability = (7, 0)
+    assert "sm_70" in refused("cuda")
 
 
 @pytest.mark.parametrize(
@@ -107,13 +232,21 @@ def test_a_gpu_that_torch_was_not_built_for_is_refused_before_a_kernel_fails(fak
         (["sm_90a"], (9, 0), True),
         (["sm_100a"], (10, 3), False),
         (["sm_100f"], (10, 3), True),
+        (["compute_100f"], (10, 3), True),
+        (["compute_100f"], (12, 0), False),
+        (["compute_90a"], (10, 0), False),
+        (["compute_90a"], (9, 0), True),
+        (["sm_80"], (8, 7), False),
+        (["sm_87"], (8, 9), False),
+        (["sm_87"], (8, 7), True),
+        (["compute_80"], (8, 7), True),
         (["sm_120"], (12, 0), True),
         (["compute_120"], (9, 0), False),
         (["gfx942"], (9, 4), False),
     ],
 )
 def test_machine_code_runs_within_its_major_version_and_ptx_on_anything_later(arches, capability, runs):
-    assert info._runs_on(arches, capability) is runs
+    assert any(info._runs_as_built(a, capability) or info._is_compiled_on(a, capability) for a in arches) is runs
 
 
 def test_a_gpu_is_described_by_the_handle_of_its_uuid_not_of_its_index(fake_cuda, fake_nvml):

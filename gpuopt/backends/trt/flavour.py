@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from gpuopt.core.errors import Unavailable, UsageError
+from gpuopt.trust import packages
+from gpuopt.trust.policy import printable
 
 MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 """Flavour -> its module names. Plain TensorRT comes first: it runs on every GPU it builds for, data-centre ones included."""
@@ -21,8 +23,10 @@ RTX_LIBRARIES = ("libcudart.so.13", "libtensorrt_rtx.so.1", "libtensorrt_onnxpar
 
 LIBRARIES_VARIABLE = "GPUOPT_TRT_RTX_LIBS"
 
-OLDEST = (10, 0)
-"""Plain TensorRT before 10 has neither int64 nor strongly typed networks that cover transformers."""
+OLDEST = {"tensorrt": (10, 0), "tensorrt_rtx": (1, 7)}
+"""Plain TensorRT before 10 has neither int64 nor strongly typed networks that cover transformers; RTX before 1.7 was never tried."""
+
+EXTRA = {"tensorrt": "trt", "tensorrt_rtx": "trt-rtx"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,9 +96,9 @@ def _import(name: str) -> Any:
         if name == "tensorrt_rtx_bindings":
             _preload()
         return importlib.import_module(name)
-    except (ImportError, OSError) as error:
+    except Exception as error:  # besides ImportError and OSError, placeholders on PyPI raise RuntimeError to say where the real package is
         raise Unavailable(
-            f"{name} is installed but does not load: {' '.join(str(error).split())[:300]}",
+            f"{name} is installed but does not load: {printable(' '.join(str(error).split()), limit=300) or type(error).__name__}",
             fix=f"its libraries must be in ${LIBRARIES_VARIABLE} or {Path(sys.prefix).name}/trt-rtx"
             if "rtx" in name
             else f"pip install --force-reinstall {name}",
@@ -120,13 +124,18 @@ def _preload() -> None:
 
 
 def _checked(flavour: str, module: Any) -> Flavour:
-    version = str(getattr(module, "__version__", ""))
-    if not hasattr(module, "Builder") or not hasattr(module, "OnnxParser"):
+    version = printable(str(getattr(module, "__version__", "")), limit=40)
+    oldest = OLDEST[flavour]
+    title = "TensorRT-RTX" if flavour == "tensorrt_rtx" else "TensorRT"
+    wanted = f"gpuopt needs {title} {oldest[0]}.{oldest[1]} or later"
+    missing = [name for name in ("Builder", "OnnxParser") if not hasattr(module, name)]
+    if missing:
         raise Unavailable(
-            f"the package {module.__name__} is there but is not TensorRT (it has no Builder)",
-            fix=f"pip install --force-reinstall {module.__name__}",
+            f"the package {module.__name__} ({version or 'no version'}) is there but is not TensorRT (it has no {missing[0]}); {wanted}",
+            fix=f"pip uninstall {module.__name__}, then pip install 'gpuopt[{EXTRA[flavour]}]'",
         )
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if flavour == "tensorrt" and numbers < OLDEST:
-        raise Unavailable(f"TensorRT {version} is too old", fix="pip install 'tensorrt>=11'")
+    if packages.release(version) < oldest:
+        raise Unavailable(
+            f"{title} {version or 'of no version'} is too old: {wanted}", fix=f"pip install --upgrade 'gpuopt[{EXTRA[flavour]}]'"
+        )
     return Flavour(name=flavour, version=version, module=module)
