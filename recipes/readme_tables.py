@@ -50,6 +50,8 @@ def row(run: Run) -> str:
             *(["host inputs"] if run.input_mode == "host" else []),
         ]
     )
+    if run.status is Status.OK and run.latency_ms is None:
+        return f"| {what} | {run.batch} | built and verified; the command ended before it was timed | | | | | | | |"
     if run.status is not Status.OK or run.latency_ms is None:
         # A crash quotes the end of a log: its first two clauses are the answer, the rest stays in the report.
         reason = ": ".join(run.reason.split(": ")[:2]) if run.status is Status.CRASH else run.reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -141,16 +142,27 @@ class Seat:
 
 
 @contextmanager
-def seated(candidate: Candidate, job: Job, progress: Progress) -> Iterator[Seat]:
+def seated(candidate: Candidate, job: Job, progress: Progress, environment: Mapping[str, str] | None = None) -> Iterator[Seat]:
     """A child for this candidate, ended on the way out whatever happens."""
     run = figures.started(candidate)
-    with Child() as child:
+    with Child(environment=environment) as child:
         key = f"{gates.label(run)}#{child.pid}"  # the same candidate may be named twice
         progress.start(key, gates.label(run))
         yield Seat(
             candidate=candidate, child=child, run=run, progress=progress, spec=job.bench, key=key, keeps_inaccurate=job.allow_inaccurate
         )
         progress.done(key)
+
+
+def _fewer_threads(device: Device, job: Job) -> dict[str, str]:
+    """Their share of the cores for candidates of a GPU that are built at once: eight processes with a thread a core each took five times as long as one after the other.
+
+    A CPU's candidates keep them all: they are what is timed.
+    """
+    if job.bench.build_jobs < 2 or device.kind == "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": str(max(1, cores // job.bench.build_jobs))}
 
 
 def device(job: Job, progress: Progress | None = None) -> Report:
@@ -246,6 +258,7 @@ def _bench_group(
 ) -> list[Seat]:
     """Build and verify, then time all that are left in interleaved blocks."""
     with ExitStack() as stack:
+        environment = _fewer_threads(machine.device, job)
         # Left last: the children are gone by then, so no thread still waits for one.
         builders = stack.enter_context(ThreadPoolExecutor(max_workers=max(1, job.bench.build_jobs)))
         seats: list[Seat] = []
@@ -260,7 +273,8 @@ def _bench_group(
         for wave in range(0, len(group), max(1, job.bench.build_jobs)):
             # Children are started here, a wave at a time: the kernel ends a child with the thread that started it.
             started = [
-                stack.enter_context(seated(candidate, job, progress)) for candidate in group[wave : wave + max(1, job.bench.build_jobs)]
+                stack.enter_context(seated(candidate, job, progress, environment))
+                for candidate in group[wave : wave + max(1, job.bench.build_jobs)]
             ]
             seats += started
             for done in [builders.submit(prepare, seat) for seat in started]:

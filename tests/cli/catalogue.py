@@ -98,7 +98,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
     children: list[Any] = []
 
-    def child() -> Any:
+    def child(**more: Any) -> Any:
         children.append(pipeline.LocalChild())
         return children[-1]
 

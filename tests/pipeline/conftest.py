@@ -192,7 +192,7 @@ def local(monkeypatch: pytest.MonkeyPatch, unmeasured: None) -> Iterator[list[Lo
     """Jobs run in this process; the children they made, each of which must have ended."""
     made: list[LocalChild] = []
 
-    def child() -> LocalChild:
+    def child(**more: object) -> LocalChild:
         made.append(LocalChild())
         return made[-1]
 

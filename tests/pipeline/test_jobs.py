@@ -17,7 +17,7 @@ import pytest
 from gpuopt.bundles import read
 from gpuopt.core import codec
 from gpuopt.core.errors import BadInput, OutOfMemory, ResourceError, Unavailable, Unsupported, UsageError
-from gpuopt.core.result import Report, Samples, Stats, Status
+from gpuopt.core.result import Device, Report, Samples, Stats, Status
 from gpuopt.core.spec import Gates, ModelRef
 from gpuopt.pipeline import facts, gates, isolate, jobs, worker
 from gpuopt.pipeline.isolate import Child, ChildFailed
@@ -52,8 +52,8 @@ def storm(models: Models, tmp_path_factory: pytest.TempPathFactory) -> tuple[Rep
         patch.setattr(jobs, "survey", tools.fake_survey)
         made: list[Child] = []
 
-        def child() -> Child:
-            made.append(Child())
+        def child(**more: Any) -> Child:
+            made.append(Child(**more))
             return made[-1]
 
         patch.setattr(jobs, "Child", child)
@@ -112,7 +112,7 @@ def test_candidates_built_at_once_end_as_they_do_one_after_the_other(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(jobs, "survey", tools.fake_survey)
     made: list[Child] = []
-    monkeypatch.setattr(jobs, "Child", lambda: made.append(Child()) or made[-1])
+    monkeypatch.setattr(jobs, "Child", lambda **more: made.append(Child(**more)) or made[-1])
     names = ["null", "null:fail=segv", "null:fail=ignore_sigterm", "null:sleep_ms=1"]
     candidates = [tools.candidate(models("net"), backend, N=4) for backend in names]
     began = time.monotonic()
@@ -124,13 +124,24 @@ def test_candidates_built_at_once_end_as_they_do_one_after_the_other(
     assert time.monotonic() - began < 60
 
 
+def test_candidates_of_a_gpu_built_at_once_share_the_cores_and_those_of_a_cpu_do_not(tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(jobs.os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    job = tools.job("bench", bench=replace(tools.QUICK, build_jobs=3))
+    gpu, cpu = (Device(id=kind, name="", kind=kind) for kind in ("cuda", "cpu"))
+    assert jobs._fewer_threads(gpu, job) == {"OMP_NUM_THREADS": "5"}
+    assert jobs._fewer_threads(cpu, job) == {} == jobs._fewer_threads(gpu, tools.job("bench"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert jobs._fewer_threads(gpu, job) == {}, "the user's own number stands"
+
+
 def test_an_interrupt_while_several_are_being_built_leaves_no_child_and_waits_for_none(
     models: Models, tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(jobs, "survey", tools.fake_survey)
     made: list[Child] = []
-    monkeypatch.setattr(jobs, "Child", lambda: made.append(Child()) or made[-1])
+    monkeypatch.setattr(jobs, "Child", lambda **more: made.append(Child(**more)) or made[-1])
 
     class Interrupted(tools.Watcher):  # type: ignore[misc,name-defined]
         def so_far(self, report: Report) -> None:
@@ -347,7 +358,7 @@ def test_a_bundle_nobody_verified_does_not_say_it_was(local: Any, models: Models
 
 
 def test_gates_of_a_compile_are_about_what_was_compiled(local: Any, models: Models, tools: Any, tmp_path: Path) -> None:
-    job = tools.job("compile", tools.candidate(models("net"), "null:sleep_ms=4", N=4), output=str(tmp_path / "out"))
+    job = tools.job("compile", tools.candidate(models("net"), "null:sleep_ms=30", N=4), output=str(tmp_path / "out"))
     report = jobs.compile(replace(job, gates=Gates(max_latency_ms=2.0)))
     assert [g.passed for g in report.gates] == [False]
     assert any(f.code == "slower-than-eager" for f in report.findings)
