@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -121,6 +122,7 @@ class InductorRunner:
         self._graphs = bool(settings.get("triton.cudagraphs"))
         self._copies = self._graphs and not options.get("static_outputs", False)
         self._skipped = 0
+        self._told: dict[str, Any] = {}
         self._call: Any = torch.compile(
             module, fullgraph=bool(options.get("fullgraph", False)), options={**settings, "post_grad_custom_post_pass": self._reader}
         )
@@ -150,6 +152,11 @@ class InductorRunner:
                 self(*inputs.args, **inputs.kwargs)
             cuda.synchronize(self.device)
         breaks, skips = _since(before)
+        self._told = {
+            "graph_breaks": tuple((_first_line(reason), _line(reason), number) for reason, number in breaks.items()),
+            "cudagraph_skips": tuple(dict.fromkeys(_first_line(r) for r in reasons)),
+            "num_graphs": self._reader.num_graphs,
+        }
         if breaks:
             total = sum(breaks.values())
             first = "; ".join(_first_line(reason) for reason, _ in breaks.most_common(3))
@@ -171,6 +178,10 @@ class InductorRunner:
                 audit, reason="; ".join(filter(None, [audit.reason, "code between graph breaks is not in the graphs read back"]))
             )
         return audit
+
+    def compiled(self) -> Mapping[str, Any]:
+        """What the compiler gave up on: `graph_breaks` as (reason, `file.py:12` or "", how often), `cudagraph_skips`, `num_graphs`."""
+        return self._told
 
     def save(self, folder: Path) -> Mapping[str, str]:
         """The source graph, to be compiled again where it is opened. Raises Unsupported where the module cannot be exported."""
@@ -250,6 +261,12 @@ def _skip_reasons() -> Iterator[list[str]]:
 def _first_line(text: str) -> str:
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
     return lines[0][:200] if lines else "no reason given"
+
+
+def _line(reason: str) -> str:
+    """`model.py:12` from the user's frames that Dynamo puts under a reason; "" where it puts none."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', str(reason))
+    return f"{Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
 
 
 def _has_triton() -> bool:

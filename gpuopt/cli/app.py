@@ -27,6 +27,7 @@ from gpuopt.cli.compare import compare
 from gpuopt.cli.compile import compile as compile_
 from gpuopt.cli.convert import convert
 from gpuopt.cli.device import device
+from gpuopt.cli.doctor import doctor
 from gpuopt.cli.profile import profile
 from gpuopt.cli.report import report
 from gpuopt.cli.run import run as run_recipe
@@ -49,7 +50,7 @@ app = typer.Typer(
 )
 
 COMMANDS: dict[str, dict[str, Callable[..., int]]] = {
-    "Ask about a model": {"profile": profile, "bench": bench, "compare": compare},
+    "Ask about a model": {"profile": profile, "doctor": doctor, "bench": bench, "compare": compare},
     "Make it faster": {"convert": convert, "compile": compile_},
     "This machine": {"device": device, "backends": backends, "trust": trust},
     "Again": {"run": run_recipe, "report": report},

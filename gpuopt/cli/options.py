@@ -12,6 +12,7 @@ BUILD = "What to build"
 MEASURE = "Measuring"
 RIGHT = "Is it still right"
 GATES = "Gates (missed: exit 1)"
+DOCTOR = "Rules"
 OUTPUT = "Output"
 
 
@@ -177,6 +178,27 @@ InconclusiveOpt = Annotated[
 ]
 StrictOpt = Annotated[bool, _option("--strict", help="Any candidate without a result fails, not only all of them.", panel=GATES)]
 
+IgnoreOpt = Annotated[
+    list[str] | None,
+    _option(
+        "--ignore",
+        metavar="CODE|NAME",
+        help="Leave this rule out, as in GPU307. Repeatable; gpuopt.toml or [tool.gpuopt] in pyproject.toml may list more under `ignore`.",
+        panel=DOCTOR,
+    ),
+]
+FixOpt = Annotated[
+    bool, _option("--fix", help="Make the changes that keep results by their nature, and measure what each gives back.", panel=DOCTOR)
+]
+UnsafeFixesOpt = Annotated[
+    bool, _option("--unsafe-fixes", help="With --fix: also those that may change results. Verified all the same.", panel=DOCTOR)
+]
+FailOnOpt = Annotated[
+    str | None, _option("--fail-on", metavar="error|warning|info", help="Exit 1 for findings this bad or worse.", panel=GATES)
+]
+ExplainOpt = Annotated[
+    str | None, _option("--explain", metavar="CODE|NAME|all", help="The page of a rule, and nothing else.", panel=DOCTOR)
+]
 JsonOpt = Annotated[
     str | None,
     _option("--json", metavar="FILE|-", help="Also write the whole report as JSON; - writes nothing else to stdout.", panel=OUTPUT),

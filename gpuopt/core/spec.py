@@ -345,6 +345,14 @@ class Job:
     build_only: bool = False
     to: str | None = None
     """`convert`: the file form to write, `onnx`, `pt2` or `safetensors`."""
+    ignore: tuple[str, ...] = ()
+    """Codes or names of doctor's rules that stay silent."""
+    fix: bool = False
+    """`doctor`: make the safe changes and measure them."""
+    unsafe_fixes: bool = False
+    """Those too that may change results; verified all the same."""
+    fail_on: str | None = None
+    """`doctor`: the mildest severity that makes the exit code 1."""
     device: str | None = None
     """For verbs without a candidate (`device`, `backends`); None is the default device."""
     refresh: bool = False

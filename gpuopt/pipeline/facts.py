@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gpuopt.core.result import Accuracy, Count, Device, Environment, ModuleRow, PrecisionAudit, RooflinePoint, Samples, Waterfall
+from gpuopt.core.result import Accuracy, Count, Device, Environment, Finding, ModuleRow, PrecisionAudit, RooflinePoint, Samples, Waterfall
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +86,13 @@ class Profiled:
     attributed: float | None
     """Share of device time that could be given to a module."""
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnosed:
+    """After `diagnose`."""
+
+    findings: tuple[Finding, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -86,6 +86,8 @@ def exit_code(report: Report, *, strict: bool = False) -> int:
     failed = [run for run in report.runs if run.status is not Status.OK]
     if not failed:
         return 0
+    if report.verb == "doctor" and any(finding.severity == "error" for finding in report.findings):
+        return 1  # whatever broke the model, the doctor found it: a verdict with its evidence
     if len(failed) < len(report.runs):
         return 1 if strict else 0
     codes = {EXIT_OF_STATUS[run.status] for run in failed}

@@ -196,17 +196,19 @@ def backends(job: Job, progress: Progress | None = None) -> Report:
 def profile(job: Job, progress: Progress | None = None) -> Report:
     """`gpuopt profile MODEL`: where the time goes and how far that is from the roofline."""
     progress = progress or Silent()
-    candidate = _only(job)
+    candidate = only(job)
     if candidate.backend.name == "eager" and candidate.precision is None and candidate.transforms == Transforms():
         # Nothing is changed, so there is nothing to verify: a profile should not wait for an fp64 forward of the model as it is.
         job = replace(job, bench=replace(job.bench, verify="off"))
     machine = surveyed(job, progress)
     with seated(candidate, job, progress) as seat:
-        _prepare(seat, job)
-        seat.step(lambda s: _measured(s, job, machine))
-        seat.step(lambda s: machine.judged(lambda device: _profiled(s, job, device)))
-    _raise_if_failed(seat)
-    return _finish(job, machine.found, [seat.run], progress)
+        prepare(seat, job)
+        seat.step(lambda s: measured(s, job, machine))
+        seat.step(lambda s: machine.judged(lambda device: profiled(s, job, device)))
+        found = seat.ask("diagnose", facts.Diagnosed, device=machine.device, ignore=list(job.ignore)).findings if seat.ok else ()
+    raise_if_failed(seat)
+    report = finish(job, machine.found, [seat.run], progress)
+    return replace(report, findings=(*found, *report.findings))
 
 
 def bench(job: Job, progress: Progress | None = None) -> Report:
@@ -233,7 +235,7 @@ def bench(job: Job, progress: Progress | None = None) -> Report:
     if all(run.status is not Status.OK for run in runs) and errors and len(errors) == len(runs):
         if len({(type(e), e.message) for e in errors}) == 1:
             raise errors[0]
-    return _finish(job, machine.found, runs, progress)
+    return finish(job, machine.found, runs, progress)
 
 
 def comparable(candidates: tuple[Candidate, ...]) -> list[list[Candidate]]:
@@ -263,12 +265,12 @@ def _bench_group(
         builders = stack.enter_context(ThreadPoolExecutor(max_workers=max(1, job.bench.build_jobs)))
         seats: list[Seat] = []
 
-        def prepare(seat: Seat) -> None:
+        def prepared(seat: Seat) -> None:
             if job.bench.build_jobs > 1 and len(group) > 1:
                 seat.run = replace(
                     seat.run, notes=(*seat.run.notes, "built beside other candidates: its compile time and cold start are upper bounds")
                 )
-            _prepare(seat, job)
+            prepare(seat, job)
 
         for wave in range(0, len(group), max(1, job.bench.build_jobs)):
             # Children are started here, a wave at a time: the kernel ends a child with the thread that started it.
@@ -277,18 +279,18 @@ def _bench_group(
                 for candidate in group[wave : wave + max(1, job.bench.build_jobs)]
             ]
             seats += started
-            for done in [builders.submit(prepare, seat) for seat in started]:
+            for done in [builders.submit(prepared, seat) for seat in started]:
                 done.result()
                 on_update([s.run for s in seats])
         live = [seat for seat in seats if seat.ok]
         if len(live) == 1:
-            live[0].step(lambda s: _measured(s, job, machine))
+            live[0].step(lambda s: measured(s, job, machine))
         elif live:
-            _interleaved(live, job, machine, progress)
+            interleaved(live, job, machine, progress)
         return seats
 
 
-def _interleaved(live: list[Seat], job: Job, machine: Machine, progress: Progress) -> None:
+def interleaved(live: list[Seat], job: Job, machine: Machine, progress: Progress) -> None:
     key = "pairs"
     progress.start(key, f"timing {len(live)} candidates in interleaved blocks")
     for seat in live:
@@ -379,7 +381,7 @@ def _call_ms(seat: Seat) -> float:
     return median(seen) / 1e6 if seen else 0.0
 
 
-def _measured(seat: Seat, job: Job, machine: Machine) -> Run:
+def measured(seat: Seat, job: Job, machine: Machine) -> Run:
     """Alone; on a GPU followed by blocks of products between blocks of its own, while it is as hot as it was."""
     with products([seat], job, machine) as anchors:
         found = seat.ask("measure", facts.Measured, spec=job.bench)
@@ -402,7 +404,7 @@ def _metered(seat: Seat, job: Job, machine: Machine) -> Run:
     return machine.judged(lambda device: figures.measured(seat.run, found, device, seat.count))
 
 
-def _profiled(seat: Seat, job: Job, device: Device) -> Run:
+def profiled(seat: Seat, job: Job, device: Device) -> Run:
     found = seat.ask("profile", facts.Profiled, device=device, wall_ms=_wall_ms(seat.run), depth=job.depth)
     return figures.profiled(seat.run, found)
 
@@ -415,7 +417,7 @@ def _warmed(seat: Seat, spec: BenchSpec) -> Run:
 def compile(job: Job, progress: Progress | None = None) -> Report:
     """`gpuopt compile MODEL --backend B -o DIR`: build, verify, measure against the model as it is, write a bundle."""
     progress = progress or Silent()
-    candidate = _only(job)
+    candidate = only(job)
     if job.output is None:
         raise UsageError("compile writes a bundle", fix="-o FOLDER")
     target = Path(job.output)
@@ -425,19 +427,19 @@ def compile(job: Job, progress: Progress | None = None) -> Report:
     runs: list[Run] = []
     with ExitStack() as stack:
         seat = stack.enter_context(seated(candidate, job, progress))
-        _prepare(seat, job, build_only=job.build_only)
+        prepare(seat, job, build_only=job.build_only)
         if not seat.ok:
-            _raise_if_failed(seat)
-            return _finish(job, machine.found, [seat.run], progress)
+            raise_if_failed(seat)
+            return finish(job, machine.found, [seat.run], progress)
         runs = [seat.run]
         if not job.build_only:
             runs = _against_eager(seat, baseline, job, machine, progress, stack)
         if seat.ok:
             _write_bundle(seat, job, target, progress)
             runs[-1] = seat.run
-    _raise_if_failed(seat)
+    raise_if_failed(seat)
     # Without a bundle the command has failed, however well eager ran beside it.
-    report = _finish(job, machine.found, runs if seat.ok else [seat.run], progress, judged=[seat.run])
+    report = finish(job, machine.found, runs if seat.ok else [seat.run], progress, judged=[seat.run])
     slower = seat.run.relative is not None and seat.run.relative.verdict == "slower"
     findings = report.findings
     if slower:
@@ -462,9 +464,9 @@ def _against_eager(seat: Seat, baseline: Candidate, job: Job, machine: Machine, 
     other.step(_built)
     if not other.ok:
         seat.run = replace(seat.run, notes=(*seat.run.notes, f"not compared with eager: {other.run.reason}"))
-        seat.step(lambda s: _measured(s, job, machine))
+        seat.step(lambda s: measured(s, job, machine))
         return [seat.run]
-    _interleaved([other, seat], job, machine, progress)
+    interleaved([other, seat], job, machine, progress)
     return [other.run, seat.run]
 
 
@@ -489,7 +491,7 @@ def _write_bundle(seat: Seat, job: Job, target: Path, progress: Progress) -> Non
 def convert(job: Job, progress: Progress | None = None) -> Report:
     """`gpuopt convert MODEL --precision … --to … -o FILE`: change the model, verify the change, write the file."""
     progress = progress or Silent()
-    candidate = _only(job)
+    candidate = only(job)
     if job.output is None:
         raise UsageError("convert writes a file", fix="-o FILE")
     target = Path(job.output)
@@ -497,11 +499,11 @@ def convert(job: Job, progress: Progress | None = None) -> Report:
     check_file_target(target, force=job.force, source=source_of(candidate))
     found = survey(job, progress, ceilings=False)
     with seated(candidate, job, progress) as seat:
-        _prepare(seat, job)
+        prepare(seat, job)
         if seat.ok:
             _write_file(seat, job, target, kind)
-    _raise_if_failed(seat)
-    report = _finish(job, found, [seat.run], progress)
+    raise_if_failed(seat)
+    report = finish(job, found, [seat.run], progress)
     return replace(report, output=target.name if seat.ok else None)
 
 
@@ -608,7 +610,7 @@ def _told(failure: ChildFailed, what: str) -> Exception:
     )
 
 
-def _prepare(seat: Seat, job: Job, *, build_only: bool = False) -> None:
+def prepare(seat: Seat, job: Job, *, build_only: bool = False) -> None:
     """Load, build and verify: what every command does before it measures."""
     seat.step(lambda s: _loaded(s, job.verb))
     if seat.ok and seat.run.input_source.startswith("guess"):
@@ -631,7 +633,7 @@ def _built(seat: Seat, *, build_only: bool = False) -> Run:
     return figures.built(seat.run, found, seat.candidate)
 
 
-def _only(job: Job) -> Candidate:
+def only(job: Job) -> Candidate:
     if len(job.candidates) != 1:
         raise UsageError(f"{job.verb} takes one model, backend, precision and batch", fix="gpuopt bench compares several")
     return job.candidates[0]
@@ -656,7 +658,7 @@ def _kind_of(target: Path, asked: str | None) -> str:
     return asked or told or ""
 
 
-def _raise_if_failed(seat: Seat) -> None:
+def raise_if_failed(seat: Seat) -> None:
     """Where one candidate is all there is, its own error is the command's."""
     if seat.error is not None:
         raise seat.error
@@ -677,7 +679,7 @@ def _report(job: Job, found: facts.Survey, runs: list[Run] | None = None) -> Rep
     )
 
 
-def _finish(job: Job, found: facts.Survey, runs: list[Run], progress: Progress, judged: list[Run] | None = None) -> Report:
+def finish(job: Job, found: facts.Survey, runs: list[Run], progress: Progress, judged: list[Run] | None = None) -> Report:
     """`judged`: the runs that gates are about, where others are there for comparison alone."""
     report = _report(job, found, runs)
     findings = tuple(

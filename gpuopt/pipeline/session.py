@@ -33,8 +33,9 @@ from gpuopt.core.result import Accuracy, Count, Device, Manifest, Samples
 from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, InputSpec, Precision, TensorSpec, Tolerance, Transforms
 from gpuopt.devices import ceilings as measured_ceilings
 from gpuopt.devices import info
+from gpuopt.doctor import diagnose as doctor
 from gpuopt.loaders import inputs as input_maker
-from gpuopt.pipeline import environment, facts, figures, packs, route, verification
+from gpuopt.pipeline import diagnosis, environment, facts, figures, packs, route, verification
 from gpuopt.pipeline.anchor import Anchor
 from gpuopt.profiling import attribute, count, memory, roofline, trace, waterfall
 from gpuopt.timing import clocks, loop
@@ -69,6 +70,8 @@ class Session:
         self._throttled: dict[str, float] = {}
         self._precision = Precision.FP32
         self._anchor = Anchor()
+        self._seen: diagnosis.Seen = diagnosis.Seen()
+        """What the profile and the failures of this session leave for the doctor."""
 
     # -- load ---------------------------------------------------------------------------------------------------------------------
 
@@ -170,6 +173,7 @@ class Session:
         try:
             return self._build(candidate, model, build_only)
         except Exception as error:  # a compiler may raise anything: whose fault it is shows when the model is called without it
+            self._seen.failure = error
             self._require_fitting_inputs(model, error)
             raise
 
@@ -438,9 +442,12 @@ class Session:
             seconds, end = time.monotonic() - began, joules()
             if end is not None and end > start:
                 energy, power = (end - start) / (calls * self._inputs_batch()), (end - start) / seconds
+        self._seen.peak_bytes = memory.peak(call, device)
+        self._seen.throttled_ms = dict(throttled_ms)
+        self._seen.measured_ms = (samples.wall_ns or 0) / 1e6 or None
         return facts.Measured(
             samples=samples,
-            peak_bytes=memory.peak(call, device),
+            peak_bytes=self._seen.peak_bytes,
             energy_j_per_sample=energy,
             mean_power_w=power,
             throttled_ms=dict(throttled_ms),
@@ -482,11 +489,13 @@ class Session:
         records = attribute.attribute(traced, counted)
         timed_ns = sum(r.time_ns or 0.0 for r in records)
         placed_ns = sum(r.time_ns or 0.0 for r in records if r.module != "?")
+        self._seen.trace, self._seen.records, self._seen.wall_ms = traced, records, wall_ms
         source = self._changed.module if self._changed is not None else None
         parameters = count.module_parameters(source) if source is not None else None
         classes = count.module_classes(source) if source is not None else None
+        self._seen.waterfall = waterfall.build(traced, wall_ms, device.ceilings, records)
         return facts.Profiled(
-            waterfall=waterfall.build(traced, wall_ms, device.ceilings, records),
+            waterfall=self._seen.waterfall,
             roofline=roofline.points(records, device.ceilings, cache_bytes=device.cache_bytes, slack=figures.slack(device)),
             modules=tuple(
                 row
@@ -496,6 +505,27 @@ class Session:
             coverage=attribute.coverage(records),
             attributed=placed_ns / timed_ns if timed_ns else None,
         )
+
+    # -- diagnose -----------------------------------------------------------------------------------------------------------------
+
+    def diagnose(self, device: Device, ignore: list[str]) -> facts.Diagnosed:
+        """Findings about this candidate: after `profile` with all that it saw, after a failed `build` with the failure, without a model about the machine alone."""
+        if self._candidate is None or self._model is None:
+            return facts.Diagnosed(findings=doctor.diagnose(diagnosis.of_machine(device), ignore=ignore))
+        self._progress(None, "looking for what to change")
+        failed = self._seen.failure is not None
+        evidence = diagnosis.of_candidate(
+            candidate=self._candidate,
+            model=self._model,
+            inputs=self._inputs,
+            given=None if failed else self._given(),
+            precision=self._precision,
+            device=device,
+            runner=self._runner,
+            count=self._count,
+            seen=self._seen,
+        )
+        return facts.Diagnosed(findings=doctor.diagnose(evidence, ignore=ignore))
 
     def _backend(self) -> Any:
         candidate, _ = self._loaded()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gpuopt.core.result import Ceilings, Report
 from gpuopt.reports.content import breakdown, headline, machine, naming, proof, speed, steps, tables, verdicts
 from gpuopt.reports.content.blocks import Block, Page, View
@@ -15,14 +17,22 @@ def page(report: Report, view: View | None = None) -> Page:
     detailed = [run for run in report.runs if run.waterfall or run.roofline or run.modules]
     name = naming.labels(report.runs)
     blocks: list[Block] = []
-    blocks += machine.build(report)
+    is_doctor = report.verb == "doctor"
+    if is_doctor:  # what to change is the answer: where the time goes is its ground, and ops one by one are the profile's
+        blocks += verdicts.findings(report)
+    else:
+        blocks += machine.build(report)
     blocks += tables.build(report)
     for run in detailed:
-        blocks += breakdown.build(run, ceilings, view, name(run) if len(detailed) > 1 else "")
+        shown = replace(run, modules=(), roofline=()) if is_doctor else run
+        blocks += breakdown.build(shown, ceilings, view, name(run) if len(detailed) > 1 else "")
     blocks += speed.build(report, ceilings, name)
     blocks += proof.build(report, name)
     blocks += verdicts.gates(report)
-    blocks += verdicts.findings(report)
+    if is_doctor:
+        blocks += machine.build(replace(report, runs=()))
+    else:
+        blocks += verdicts.findings(report)
     return Page(
         title=clean(f"gpuopt {report.verb}"),
         subtitle=clean(report.command, 1000),

@@ -161,6 +161,8 @@ class LocalChild:
             self.session.close()
         self.session = None
 
+    alive = True
+
     def __enter__(self) -> LocalChild:
         return self
 

@@ -26,6 +26,8 @@ def build(report: Report, ceilings: Ceilings, name: Callable[[Run], str]) -> tup
         lines.append(
             Message("error", f"{len(missed)} of {f.plural(len(report.gates), 'gate')} missed: {first}" + (", …" if len(missed) > 1 else ""))
         )
+    if report.verb == "doctor" and not report.error:
+        lines.append(_doctors(report))
     ok = [run for run in report.runs if run.status == Status.OK]
     if len(report.runs) == 1 and ok and ok[0].latency_ms:
         lines += _one_run(report, ok[0], ceilings)
@@ -45,6 +47,17 @@ def build(report: Report, ceilings: Ceilings, name: Callable[[Run], str]) -> tup
     if report.output and not report.error:
         lines.append(Message("good", f"written: {clean(report.output)}"))
     return tuple(lines)
+
+
+def _doctors(report: Report) -> Message:
+    """How many findings of each severity, or that there are none."""
+    counts = {s: sum(x.severity == s for x in report.findings if x.code != "guessed-inputs") for s in ("error", "warning", "info")}
+    if not any(counts.values()):
+        return Message("good", "nothing to change was found")
+    named = {"error": "error", "warning": "warning", "info": "note"}
+    told = ", ".join(f.plural(number, named[severity]) for severity, number in counts.items() if number)
+    worst = next(severity for severity, number in counts.items() if number)
+    return Message(worst, f"{told}: gpuopt doctor --explain CODE says more about each")
 
 
 def _one_run(report: Report, run: Run, ceilings: Ceilings) -> list[Message]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gpuopt.core.result import Report
+from gpuopt.core.result import Finding, Report
 from gpuopt.reports import figures as f
 from gpuopt.reports.content.blocks import Block, Cell, Column, Message, Messages, Table
 from gpuopt.reports.figures import clean
@@ -35,12 +35,34 @@ def findings(report: Report) -> list[Block]:
     told = [x for x in report.findings if x.code != "guessed-inputs"]  # the headline says it
     if not told:
         return []
-    ordered = sorted(told, key=lambda x: _SEVERITY_ORDER.get(x.severity, 3))
+    ordered = sorted(told, key=lambda x: (_SEVERITY_ORDER.get(x.severity, 3), -(x.gain_high_ms or 0.0)))
+    run = next((run for run in report.runs if run.latency_ms), None)
+    wall_ms = run.latency_ms.median if run and run.latency_ms else None
     items = tuple(
-        Message(x.severity if x.severity in _SEVERITY_ORDER else "info", clean(x.message, 1000), clean(x.fix, 600), clean(x.code, 20))
+        Message(
+            x.severity if x.severity in _SEVERITY_ORDER else "info",
+            clean(x.message, 1000) + (f" ({clean(x.line, 120)})" if x.line else "") + price(x, wall_ms),
+            clean(x.fix, 600),
+            clean(f"{x.code} {x.rule}".strip(), 60),
+        )
         for x in ordered
     )
     return [Messages(title="Findings", items=items)]
+
+
+def price(finding: Finding, wall_ms: float | None) -> str:
+    """`: gives back 3.1 to 4.4 ms a call (7% to 9%), measured 3.9 ms as predicted`, or nothing where it has no price."""
+    low, high, found = finding.gain_low_ms, finding.gain_high_ms, finding.measured_gain_ms
+    text = ""
+    if low is not None and high is not None:
+        text = f": gives back {f.ms(low)} to {f.ms(high)} a call"
+        if wall_ms:
+            text += f" ({f.share(low / wall_ms)} to {f.share(high / wall_ms)})"
+    if found is not None:
+        gave = f"gave back {f.ms(found)}" if found >= 0 else f"cost {f.ms(-found)}"
+        verdict = {True: ", as predicted", False: ", not as predicted", None: ""}[finding.confirmed]
+        text += f"; measured: {gave}{verdict}"
+    return text
 
 
 def comparison(rows_in: Sequence[Mapping[str, Any]]) -> Table:

@@ -1,0 +1,95 @@
+"""`gpuopt doctor [MODEL]`: findings, the worst first; without a model, about the machine; --explain for a rule's page."""
+
+from __future__ import annotations
+
+from gpuopt.cli import options as o
+
+
+def doctor(
+    model: o.MaybeModelArg = None,
+    explain: o.ExplainOpt = None,
+    arch: o.ArchOpt = None,
+    trust: o.TrustOpt = None,
+    trust_remote_code: o.RemoteCodeOpt = False,
+    cast: o.CastOpt = False,
+    allow_nonfinite: o.NonfiniteOpt = False,
+    input: o.InputOpt = None,
+    inputs: o.InputsOpt = None,
+    batch: o.BatchOpt = None,
+    dim: o.DimOpt = None,
+    seed: o.SeedOpt = 0,
+    backend: o.BackendOpt = None,
+    preset: o.PresetOpt = None,
+    option: o.OptionOpt = None,
+    precision: o.PrecisionOpt = None,
+    channels_last: o.ChannelsLastOpt = False,
+    fold_bn: o.FoldOpt = False,
+    keep_fp32: o.KeepOpt = None,
+    device: o.DeviceOpt = "auto",
+    input_mode: o.InputModeOpt = "device",
+    min_time: o.MinTimeOpt = None,
+    max_time: o.MaxTimeOpt = None,
+    timeout: o.TimeoutOpt = None,
+    verify: o.VerifyOpt = "full",
+    ignore: o.IgnoreOpt = None,
+    fix: o.FixOpt = False,
+    unsafe_fixes: o.UnsafeFixesOpt = False,
+    fail_on: o.FailOnOpt = None,
+    json: o.JsonOpt = None,
+    force: o.ForceOpt = False,
+    quiet: o.QuietOpt = False,
+    no_input: o.NoInputOpt = False,
+) -> int:
+    """What breaks or slows a model, what each change would give back, and with --fix what it did give back.
+
+    A model that does not run is diagnosed too: which module, which tensor, and the change that mends it. Without a model the machine is looked at:
+    versions that do not go together, a driver too old, a GPU that others use.
+
+    Example: gpuopt doctor model.pt --batch 64 --fix
+    """
+    from gpuopt.cli import configuration, streams
+    from gpuopt.cli import request as r
+    from gpuopt.cli.show import run
+    from gpuopt.core.errors import UsageError
+    from gpuopt.core.spec import Job
+    from gpuopt.pipeline import doctor as verb
+    from gpuopt.pipeline.recipe import expand
+
+    if explain is not None:
+        from gpuopt.doctor import handbook
+
+        streams.emit(handbook.text(explain))
+        return 0
+    if fail_on is not None and fail_on not in verb.SEVERITIES:
+        raise UsageError(f"--fail-on {fail_on!r} is unknown", fix="one of: " + ", ".join(verb.SEVERITIES))
+    if unsafe_fixes and not fix:
+        raise UsageError("--unsafe-fixes says which changes --fix may make", fix="--fix --unsafe-fixes")
+    if fix and model is None:
+        raise UsageError("--fix changes a model, and none is named", fix="gpuopt doctor MODEL --fix")
+    candidates = (
+        expand(
+            models=r.models(
+                [model], arch=arch, trust=trust, trust_remote_code=trust_remote_code, cast=cast, allow_nonfinite=allow_nonfinite
+            ),
+            inputs=r.inputs(input=input, inputs=inputs, batch=batch, dim=dim, seed=seed),
+            backends=r.backends([backend] if backend else None, preset=preset, option=option),
+            precisions=r.precisions([precision] if precision else None),
+            transforms=r.transforms(channels_last=channels_last, fold_bn=fold_bn, keep_fp32=keep_fp32),
+            input_modes=r.input_modes(input_mode),
+            device=device,
+        )
+        if model is not None
+        else ()
+    )
+    job = Job(
+        verb="doctor",
+        candidates=candidates if backend or not candidates else r.suited(candidates),
+        bench=r.bench(min_time=min_time, max_time=max_time, timeout=timeout, verify=verify),
+        ignore=configuration.ignored(ignore),
+        fix=fix,
+        unsafe_fixes=unsafe_fixes,
+        fail_on=fail_on,
+        device=device,
+        command=r.command_line(),
+    )
+    return run(r.checked(job), verb.doctor, json=json, quiet=quiet, force=force, ask=not no_input)

@@ -1,0 +1,136 @@
+"""Job -> Report of findings: a model that runs is profiled first, one that does not is diagnosed all the same; --fix makes the safe changes and measures them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from statistics import median
+
+from gpuopt.core import codec
+from gpuopt.core.progress import Progress, Silent
+from gpuopt.core.result import Finding, GateResult, Report, Run
+from gpuopt.core.spec import Candidate, Change, Job, Transforms
+from gpuopt.pipeline import facts, figures, jobs
+from gpuopt.pipeline.isolate import Child, ChildFailed
+
+SEVERITIES = ("error", "warning", "info")
+"""From the worst down; `fail_on` names the mildest that fails."""
+
+
+def doctor(job: Job, progress: Progress | None = None) -> Report:
+    """`gpuopt doctor [MODEL]`: what breaks or slows it, priced, with the exact change; without a model, the machine."""
+    progress = progress or Silent()
+    if not job.candidates:
+        return _of_machine(job, progress)
+    candidate = jobs.only(job)
+    if candidate.backend.name == "eager" and candidate.precision is None and candidate.transforms == Transforms():
+        job = replace(job, bench=replace(job.bench, verify="off"))
+    machine = jobs.surveyed(job, progress)
+    with jobs.seated(candidate, job, progress) as seat:
+        found = _diagnosed(seat, job, machine)
+        if seat.ok:
+            progress.update(seat.key, None, "done")
+    runs = [seat.run]
+    if seat.error is not None and not any(f.severity == "error" for f in found):
+        raise seat.error
+    if job.fix and seat.ok:
+        found, more = _fixed(job, machine, candidate, found, progress)
+        runs = more or runs
+    report = jobs.finish(job, machine.found, runs, progress)
+    report = replace(report, findings=(*found, *(f for f in report.findings if f.code == "guessed-inputs")))
+    return replace(report, gates=(*report.gates, *_judged(found, job.fail_on)))
+
+
+def _of_machine(job: Job, progress: Progress) -> Report:
+    found = jobs.survey(job, progress, ceilings=False)
+    with Child() as child:
+        told = child.call(
+            "diagnose", facts.Diagnosed, timeout_s=jobs.SURVEY_TIMEOUT_S, device=found.device, ignore=list(job.ignore)
+        ).findings
+    report = jobs.finish(job, found, [], progress)
+    return replace(report, findings=told, gates=_judged(told, job.fail_on))
+
+
+def _diagnosed(seat: jobs.Seat, job: Job, machine: jobs.Machine) -> tuple[Finding, ...]:
+    """Load, build, time, trace, then ask the rules; where the build or the first call fails, ask them about that."""
+    seat.step(lambda s: figures.loaded(s.run, s.ask("load", facts.Loaded, candidate=s.candidate)))
+    if not seat.ok:
+        return ()
+    try:
+        built = seat.ask("build", facts.Built, build_only=False)
+    except ChildFailed as failure:
+        seat.fail(failure)
+        return diagnose(seat, job, machine) if seat.child.alive else ()
+    seat.count = built.count
+    seat.run = figures.built(seat.run, built, seat.candidate)
+    if job.bench.verify != "off":
+        seat.step(lambda s: figures.verified(s.run, s.ask("verify", facts.Verified, tolerance=job.tolerance, mode=job.bench.verify)))
+    seat.step(lambda s: jobs.measured(s, job, machine))
+    seat.step(lambda s: machine.judged(lambda device: jobs.profiled(s, job, device)))
+    return diagnose(seat, job, machine) if seat.child.alive else ()
+
+
+def diagnose(seat: jobs.Seat, job: Job, machine: jobs.Machine) -> tuple[Finding, ...]:
+    """The findings of a seat whose child still lives."""
+    return seat.ask("diagnose", facts.Diagnosed, device=machine.device, ignore=list(job.ignore)).findings
+
+
+def _fixed(
+    job: Job, machine: jobs.Machine, candidate: Candidate, found: tuple[Finding, ...], progress: Progress
+) -> tuple[tuple[Finding, ...], list[Run]]:
+    """Each change alone and all of them together, built, verified and timed in interleaved blocks with the model as it is; predicted beside measured."""
+    wanted = [f for f in found if f.change is not None and (f.safe or job.unsafe_fixes)]
+    changes = list({codec.digest(f.change): f.change for f in wanted if f.change is not None}.values())
+    if not changes:
+        return found, []
+    tried = [change.applied(candidate) for change in changes]
+    together = _together(candidate, changes)
+    if len(changes) > 1 and together not in tried:
+        tried.append(together)
+    with ExitStack() as stack:
+        seats = []
+        for one in (candidate, *tried):
+            seat = stack.enter_context(jobs.seated(one, job, progress))
+            jobs.prepare(seat, replace(job, verb="bench"))
+            seats.append(seat)
+        live = [seat for seat in seats if seat.ok]
+        if len(live) > 1:
+            jobs.interleaved(live, job, machine, progress)
+    base = seats[0]
+    if not base.ok or not base.sampled.samples_ns:
+        return found, [seat.run for seat in seats]
+    before_ms = median(base.sampled.samples_ns) / 1e6
+    gains = {
+        codec.digest(change): before_ms - median(seat.sampled.samples_ns) / 1e6
+        for change, seat in zip(changes, seats[1:])
+        if seat.ok and seat.sampled.samples_ns
+    }
+    return tuple(measured(f, gains.get(codec.digest(f.change)) if f.change is not None else None) for f in found), [
+        seat.run for seat in seats
+    ]
+
+
+def _together(candidate: Candidate, changes: Iterable[Change]) -> Candidate:
+    """All changes in order; of two that disagree the later stands."""
+    for change in changes:
+        candidate = change.applied(candidate)
+    return candidate
+
+
+def measured(finding: Finding, gain_ms: float | None) -> Finding:
+    """With what its change gave back, and whether that was predicted."""
+    if gain_ms is None:
+        return finding
+    low, high = finding.gain_low_ms, finding.gain_high_ms
+    return replace(finding, measured_gain_ms=gain_ms, confirmed=low <= gain_ms <= high if low is not None and high is not None else None)
+
+
+def _judged(found: Iterable[Finding], fail_on: str | None) -> tuple[GateResult, ...]:
+    """A gate over the findings, where one was asked for."""
+    if fail_on is None:
+        return ()
+    failing = SEVERITIES[: SEVERITIES.index(fail_on) + 1]
+    counts = {severity: sum(f.severity == severity for f in found) for severity in failing}
+    figure = ", ".join(f"{number} {severity}" for severity, number in counts.items() if number) or "none"
+    return (GateResult(name="fail-on", passed=not any(counts.values()), figure=figure, limit=f"none of {', '.join(failing)}"),)
