@@ -30,6 +30,7 @@ def bench(
     max_time: o.MaxTimeOpt = None,
     pairs: o.PairsOpt = None,
     sustained: o.SustainedOpt = "auto",
+    build_jobs: o.BuildJobsOpt = 1,
     timeout: o.TimeoutOpt = None,
     verify: o.VerifyOpt = "full",
     tolerance: o.ToleranceOpt = None,
@@ -59,20 +60,21 @@ def bench(
     from gpuopt.pipeline import jobs
     from gpuopt.pipeline.recipe import expand
 
+    candidates = expand(
+        models=r.models(models, arch=arch, trust=trust, trust_remote_code=trust_remote_code, cast=cast, allow_nonfinite=allow_nonfinite),
+        inputs=r.inputs(input=input, inputs=inputs, batch=batch, dim=dim, seed=seed),
+        backends=r.backends(backend, preset=preset, option=option),
+        precisions=r.precisions(precision),
+        transforms=r.transforms(channels_last=channels_last, fold_bn=fold_bn, keep_fp32=keep_fp32),
+        input_modes=r.input_modes(input_mode),
+        device=device,
+    )
     job = Job(
         verb="bench",
-        candidates=expand(
-            models=r.models(
-                models, arch=arch, trust=trust, trust_remote_code=trust_remote_code, cast=cast, allow_nonfinite=allow_nonfinite
-            ),
-            inputs=r.inputs(input=input, inputs=inputs, batch=batch, dim=dim, seed=seed),
-            backends=r.backends(backend, preset=preset, option=option),
-            precisions=r.precisions(precision),
-            transforms=r.transforms(channels_last=channels_last, fold_bn=fold_bn, keep_fp32=keep_fp32),
-            input_modes=r.input_modes(input_mode),
-            device=device,
+        candidates=candidates if backend else r.suited(candidates),
+        bench=r.bench(
+            min_time=min_time, max_time=max_time, pairs=pairs, timeout=timeout, verify=verify, sustained=sustained, build_jobs=build_jobs
         ),
-        bench=r.bench(min_time=min_time, max_time=max_time, pairs=pairs, timeout=timeout, verify=verify, sustained=sustained),
         tolerance=r.tolerance(tolerance=tolerance, max_error=max_error),
         gates=r.gates(
             min_tflops=min_tflops,

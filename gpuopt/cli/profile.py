@@ -53,19 +53,18 @@ def profile(
     from gpuopt.reports.content.blocks import View
 
     view = View(depth=depth, top=top, by=by)
+    candidates = expand(
+        models=r.models([model], arch=arch, trust=trust, trust_remote_code=trust_remote_code, cast=cast, allow_nonfinite=allow_nonfinite),
+        inputs=r.inputs(input=input, inputs=inputs, batch=batch, dim=dim, seed=seed),
+        backends=r.backends([backend] if backend else None, preset=preset, option=option),
+        precisions=r.precisions([precision] if precision else None),
+        transforms=r.transforms(channels_last=channels_last, fold_bn=fold_bn, keep_fp32=keep_fp32),
+        input_modes=r.input_modes(input_mode),
+        device=device,
+    )
     job = Job(
         verb="profile",
-        candidates=expand(
-            models=r.models(
-                [model], arch=arch, trust=trust, trust_remote_code=trust_remote_code, cast=cast, allow_nonfinite=allow_nonfinite
-            ),
-            inputs=r.inputs(input=input, inputs=inputs, batch=batch, dim=dim, seed=seed),
-            backends=r.backends([backend] if backend else None, preset=preset, option=option),
-            precisions=r.precisions([precision] if precision else None),
-            transforms=r.transforms(channels_last=channels_last, fold_bn=fold_bn, keep_fp32=keep_fp32),
-            input_modes=r.input_modes(input_mode),
-            device=device,
-        ),
+        candidates=candidates if backend else r.suited(candidates),
         bench=r.bench(min_time=min_time, max_time=max_time, timeout=timeout, verify=verify),
         depth=depth,
         command=r.command_line(),

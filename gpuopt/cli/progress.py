@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 SHOW_AFTER_S = 2.0
-"""A step shorter than this leaves no trace at a terminal."""
+"""A command shorter than this leaves no trace at a terminal."""
+SHORT_S = 0.3
+"""And in a longer one, no step shorter than this: it would only flicker."""
 LINE_EVERY_S = 5.0
 """Where there is no terminal, a step's notes are printed no more often than this."""
 _FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
@@ -47,6 +49,7 @@ class Screen:
         self._steps: dict[str, _Step] = {}
         self._live: Live | None = None
         self._warned: set[str] = set()
+        self._started_s = time.monotonic()
         self._animated = (
             not quiet and sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown", "")
         )
@@ -58,7 +61,7 @@ class Screen:
         self.pause()
 
     def start(self, key: str, label: str) -> None:
-        """A bar appears when the step is two seconds old; without a terminal, a line says it began."""
+        """A bar appears when the command is two seconds old; without a terminal, a line says it began."""
         self._steps[key] = _Step(label)
         if self._animated:
             self._animate()
@@ -126,8 +129,10 @@ class Screen:
         from rich.text import Text
 
         grid = Table.grid(padding=(0, 1))
+        if time.monotonic() - self._started_s < SHOW_AFTER_S:
+            return grid
         for step in list(self._steps.values()):
-            if step.age_s < SHOW_AFTER_S:
+            if step.age_s < SHORT_S:
                 continue
             frame = _FRAMES[int(step.age_s * 8) % len(_FRAMES)]
             bar = ProgressBar(
@@ -140,7 +145,7 @@ class Screen:
                 bar,
                 Text(share),
                 Text(f"{step.age_s:.0f} s", style="bright_black"),
-                Text(step.note, style="bright_black"),
+                Text(step.note or ("starting" if step.fraction is None else ""), style="bright_black"),
             )
         return grid
 

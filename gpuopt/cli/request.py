@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from gpuopt.core import units
-from gpuopt.core.errors import UsageError
-from gpuopt.core.spec import BackendSpec, BenchSpec, DimSpec, Gates, InputSpec, Job, ModelRef, TensorSpec, Tolerance, Transforms
+from gpuopt.core.errors import GpuoptError, UsageError
+from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, DimSpec, Gates, InputSpec, Job, ModelRef, TensorSpec, Tolerance, Transforms
 from gpuopt.pipeline import recipe
 from gpuopt.reports.figures import clean
+from gpuopt.trust.policy import Format, classify
 
 
 def command_line() -> str:
@@ -73,6 +74,18 @@ def backends(texts: Sequence[str] | None, *, preset: str | None, option: Sequenc
     return (replace(spec, preset=preset or spec.preset, options={**spec.options, **dict(_option(text) for text in option or ())}),)
 
 
+def suited(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """For a command line without --backend: an ONNX file has no eager form, so it runs in ONNX Runtime. Every other model stays as it is."""
+    return tuple(replace(c, backend=replace(c.backend, name="ort")) if _is_onnx(c.model.text) else c for c in candidates)
+
+
+def _is_onnx(text: str) -> bool:
+    try:
+        return classify(text) is Format.ONNX
+    except GpuoptError:  # a factory, hf:ID, or what its loader will refuse with the reason
+        return False
+
+
 def _option(text: str) -> tuple[str, Any]:
     key, eq, value = text.partition("=")
     if not eq or not key:
@@ -106,14 +119,17 @@ def bench(
     timeout: str | None = None,
     verify: str = "full",
     sustained: str = "auto",
+    build_jobs: int = 1,
 ) -> BenchSpec:
     """How long to measure."""
-    spec = BenchSpec(verify=verify, sustained=sustained)
+    spec = BenchSpec(verify=verify, sustained=sustained, build_jobs=build_jobs)
     if min_time is not None:
         seconds = units.parse_seconds(min_time)
         spec = replace(spec, min_time_s=seconds, max_time_s=max(spec.max_time_s, seconds))
     if max_time is not None:
-        spec = replace(spec, max_time_s=units.parse_seconds(max_time))
+        seconds = units.parse_seconds(max_time)
+        # Who has a second to measure has no ten to warm up.
+        spec = replace(spec, max_time_s=seconds, max_warmup_s=min(spec.max_warmup_s, max(seconds, spec.warmup_s)))
         if min_time is None:
             spec = replace(spec, min_time_s=min(spec.min_time_s, spec.max_time_s))
     if pairs is not None:

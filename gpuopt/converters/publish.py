@@ -25,6 +25,9 @@ def publish(path: Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}."))
         yield folder / path.name
         for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
+            file.chmod(
+                0o666 & ~_umask()
+            )  # safetensors makes its files private, whatever the umask: who serves the model may be another user
             with file.open("rb") as written:
                 os.fsync(written.fileno())
             os.replace(file, path.parent / file.name)
@@ -37,3 +40,9 @@ def publish(path: Path) -> Iterator[Path]:
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    current = os.umask(0o077)
+    os.umask(current)
+    return current

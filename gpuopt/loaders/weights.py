@@ -72,7 +72,8 @@ def fill(module: nn.Module, tensors: Mapping[str, torch.Tensor], *, where: str, 
     dtypes = [f"{n} is {_short(a)} in the file, {_short(b)} in the model" for n, a, b in pairs if a.dtype != b.dtype]
     if dtypes and not cast:
         raise BadInput(
-            f"{where} has other dtypes than --arch builds: {_list(dtypes)}", fix="--cast converts them, or let the factory build that dtype"
+            f"{where} has other dtypes than --arch builds: {_list(dtypes)}",
+            fix="--cast converts them to the model's, and --precision says what it computes in; or let the factory build that dtype",
         )
     if dtypes:
         notes.append(f"cast {len(dtypes)} tensors: {dtypes[0]}" + (", …" if len(dtypes) > 1 else ""))
@@ -123,7 +124,9 @@ def weight_map(index: Path) -> dict[str, str]:
 def _require_arch(ref: ModelRef, path: Path) -> str:
     if not ref.arch:
         raise UsageError(
-            f"{path.name} holds bare tensors", fix="say what they belong to: --arch package.module:factory or --arch file.py:factory"
+            f"{path.name} holds bare tensors",
+            fix="say what they belong to: --arch package.module:factory or --arch file.py:factory; for a transformers model, name a folder "
+            "that holds them as model.safetensors beside its config.json",
         )
     return ref.arch
 

@@ -9,7 +9,7 @@ import pytest
 
 from gpuopt.cli import app, request
 from gpuopt.core.errors import UsageError
-from gpuopt.core.spec import BackendSpec, Candidate, DimSpec, Precision, TensorSpec
+from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, DimSpec, Precision, TensorSpec
 
 
 def job_of(caught: list[Any], *words: str) -> Any:
@@ -54,6 +54,24 @@ def test_bench_combines_everything_and_keeps_one_shape_together(caught: list[Any
     first = job.candidates[0]
     assert (first.model.text, first.backend, first.precision) == ("a.pt", BackendSpec(), Precision.FP32)
     assert first.dims == {"N": 1, "S": 128}
+
+
+def test_an_onnx_file_runs_in_onnx_runtime_where_no_backend_is_named(caught: list[Any], tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.helper.make_graph([], "g", [], [])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "m.onnx")
+    (tmp_path / "other.onnx").write_text("no model")
+    words = ("bench", str(tmp_path / "m.onnx"), "gpuopt.models:resnet101_tiny", str(tmp_path / "other.onnx"))
+    assert [c.backend.name for c in job_of(caught, *words).candidates] == ["ort", "eager", "eager"]
+    assert [c.backend.name for c in job_of(caught, *words, "-b", "inductor").candidates] == ["inductor"] * 3
+    (candidate,) = job_of(caught, "profile", str(tmp_path / "m.onnx"), "--option", "threads=2").candidates
+    assert candidate.backend == BackendSpec(name="ort", options={"threads": 2})
+
+
+def test_a_limit_of_the_time_limits_the_warm_up_too(caught: list[Any]) -> None:
+    assert job_of(caught, "bench", "m", "--max-time", "2s").bench.max_warmup_s == 2.0
+    assert job_of(caught, "bench", "m", "--max-time", "1ms").bench.max_warmup_s == BenchSpec().warmup_s
+    assert job_of(caught, "bench", "m", "--max-time", "10min").bench.max_warmup_s == BenchSpec().max_warmup_s
 
 
 def test_units_are_read(caught: list[Any]) -> None:

@@ -23,6 +23,17 @@ def test_the_file_appears_under_its_name_and_nothing_else_does(tmp_path):
     assert sorted(p.name for p in target.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
 
 
+def test_a_file_gets_the_mode_that_the_umask_gives_though_its_writer_made_it_private(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with publish(tmp_path / "w.safetensors") as temporary:
+            temporary.write_text("weights")
+            temporary.chmod(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "w.safetensors").stat().st_mode & 0o777 == 0o640
+
+
 def test_an_error_leaves_the_old_file_and_no_stump(tmp_path):
     target = tmp_path / "model.pt2"
     target.write_text("old")
