@@ -25,6 +25,9 @@ from gpuopt.programs.export import export
 from gpuopt.programs.weigh import tally_for
 from gpuopt.trust import gate
 
+OPAQUE_ON_CPU = True
+"""Its package calls C++ kernels that record nothing: a trace would show one long gap."""
+
 FORMS = frozenset({"module", "exported"})
 
 PRESETS: dict[str, dict[str, Any]] = {

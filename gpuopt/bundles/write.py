@@ -103,6 +103,9 @@ def _seal(folder: Path, target: Path, manifest: Manifest, roles: Mapping[str, st
         raise ValueError(f"{folder} is not a staging folder of {target}")
     roles = {**{file.role: file.name for file in manifest.files}, **roles}
     with _disk_errors(folder):
+        for path in folder.rglob("*"):
+            if path.is_file():  # some writers make files that only their owner may read
+                path.chmod(0o666 & ~_umask())
         _sync_tree(folder)
         sealed = replace(manifest, files=describe_folder(folder, roles))
         data = codec.to_json(sealed, indent=1).encode()

@@ -12,11 +12,18 @@ from gpuopt.core.live import Inputs
 def bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """`model(*args, **kwargs)` -> one tensor an input name.
 
-    A keyword goes to the input of its name; what is positional, nested or named differently fills the remaining inputs in order.
+    A keyword goes to the input of its name; what is positional or nested fills the remaining inputs in order, and so does a keyword where none is named
+    as an input is (an exporter renamed them all). Where some are, one that is not is somebody's mistake and no input's value.
     Values that are no tensors (None, True, 3) were baked in by the exporter and are passed over.
     Raises UsageError naming what is missing or too much.
     """
     bound = {name: value for name, value in kwargs.items() if name in names and _is_tensor(value)}
+    strangers = [name for name, value in kwargs.items() if name not in names and _is_tensor(value)]
+    if bound and strangers:
+        raise UsageError(
+            f"the model has no input {strangers[0]!r}",
+            fix=f"it has {', '.join(names)}; an input it should have is named when it is compiled: -i",
+        )
     unnamed = [*_leaves(args), *_leaves([value for name, value in kwargs.items() if name not in bound])]
     free = [name for name in names if name not in bound]
     if len(unnamed) > len(free):

@@ -274,6 +274,28 @@ class WaterfallPart:
     detail: str = ""
 
 
+WATERFALL_PARTS = (
+    "host-to-device (pageable)",
+    "host-to-device (pinned)",
+    "copy calls",
+    "launch gaps",
+    "synchronisation",
+    "python and framework",
+    "tensor-core compute",
+    "other compute",
+    "memory-bound",
+    "avoidable: layout",
+    "avoidable: casts",
+    "avoidable: unfused pointwise",
+    "device-to-host",
+    "idle",
+    "unaccounted",
+)
+"""Every waterfall has all of them in this order, whatever ran, so that two can be set side by side. Reports of older versions have fewer, and other names."""
+IDLE_PARTS = ("launch gaps", "synchronisation", "python and framework", "idle")
+"""Parts in which the device waits, copies apart. In an older report `launch gaps` is all of it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waterfall:
     """Where the untraced wall time of one forward went; parts sum to it, the rest is a part of its own."""
@@ -283,6 +305,53 @@ class Waterfall:
     unaccounted_ms: float
     """Also present in `parts`, as `unaccounted`."""
     method: str = ""
+
+    def ms(self, *names: str) -> float:
+        """Sum of the named parts; 0 for a part it does not have."""
+        return sum(part.ms for part in self.parts if part.name in names)
+
+    @property
+    def idle_ms(self) -> float:
+        """How long the device waits for the host, for a launch or between kernels."""
+        return self.ms(*IDLE_PARTS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """Least time of one call by the ceilings of the device; None where a ceiling is not known. Milliseconds."""
+
+    precision: str
+    """What most of its FLOPs run in: `fp16`."""
+    unfused_ms: float | None
+    """Every op by itself: sum over ops of max(FLOPs / peak of its dtype, bytes / bandwidth)."""
+    fused_ms: float | None
+    """All ops as one: max(all FLOPs, each buffer from outside moved once). No program of this precision is faster."""
+    by_precision: dict[str, float] = field(default_factory=dict)
+    """Other precision -> `unfused_ms` there: the same FLOPs at its peak, bytes at its width."""
+    fused_by_precision: dict[str, float] = field(default_factory=dict)
+    bytes_fused: float | None = None
+    """Inputs, parameters and outputs, each once."""
+    kind: str = "measured"
+    """Of the ceilings: `measured` or `spec`."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Useful:
+    """What of a call's FLOPs the answer needs: without padded tokens, without the half of causal attention that is masked."""
+
+    flops: float
+    """All that run, as counted."""
+    flops_useful: float
+    flops_by_dtype: dict[str, float] = field(default_factory=dict)
+    """Useful ones, by the dtype they run in."""
+    real_tokens: float | None = None
+    """Share of the tokens that the mask calls real, 0..1; None without a mask."""
+    real_pairs: float | None = None
+    """Share of the query-key pairs in which both are real."""
+    flops_padding: float = 0.0
+    flops_causal: float = 0.0
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -465,6 +534,10 @@ class Run:
     relative: Relative | None = None
     """Against the first run of the report, interleaved with it."""
     waterfall: Waterfall | None = None
+    bounds: Bounds | None = None
+    """What the device allows, in this precision and in others."""
+    useful: Useful | None = None
+    """None where nothing says which of its FLOPs are not needed."""
     roofline: tuple[RooflinePoint, ...] = ()
     modules: tuple[ModuleRow, ...] = ()
     unknown_ops: tuple[str, ...] = ()

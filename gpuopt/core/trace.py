@@ -59,6 +59,16 @@ class Kernel:
     graph_id: int | None = None
     """Set when it ran from a CUDA graph (the replay's correlation where Kineto gives no id): then `op` is the replay's, which says nothing."""
     is_memset: bool = False
+    grid: tuple[int, int, int] | None = None
+    """Blocks launched, in x, y and z."""
+    block: tuple[int, int, int] | None = None
+    """Threads of a block."""
+    registers: int | None = None
+    """Of one thread."""
+    shared_bytes: int | None = None
+    """Of one block, static and dynamic."""
+    blocks_per_sm: float | None = None
+    """As Kineto writes it: blocks of the grid over SMs of the device, whatever fits at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

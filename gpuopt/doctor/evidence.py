@@ -8,6 +8,10 @@ from typing import Any
 
 from gpuopt.core.live import Inputs
 from gpuopt.core.result import Count, Device, Environment, OpRecord, PrecisionAudit, Waterfall
+from gpuopt.core.script import CallSite as CallSite
+from gpuopt.core.script import Load as Load
+from gpuopt.core.script import ModelCalls as ModelCalls
+from gpuopt.core.script import Script as Script
 from gpuopt.core.trace import Trace
 
 
@@ -23,55 +27,6 @@ class Compiled:
     """Reasons."""
     num_graphs: int = 0
     preset: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Script:
-    """What was seen of a user's own program while it ran (profile -- python infer.py)."""
-
-    modules: tuple[ModelCalls, ...] = ()
-    loads: tuple[Load, ...] = ()
-    syncs: tuple[CallSite, ...] = ()
-    """Host waits for the device, by source line."""
-    copies: tuple[CallSite, ...] = ()
-    """Copies between host and device, by source line."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelCalls:
-    """One root module of a script and its calls."""
-
-    name: str
-    module_class: str
-    num_calls: int
-    wall_s: float
-    line: str = ""
-    is_data_parallel: bool = False
-    inputs: tuple[str, ...] = ()
-    """Tensor specs of the commonest call."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """Weights read or moved: how often one line did it."""
-
-    line: str
-    what: str
-    """`torch.load`, `load_state_dict`, `.to(device)`, `from_pretrained`."""
-    count: int
-    seconds: float
-    bytes: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallSite:
-    """Calls of one kind from one source line."""
-
-    line: str
-    what: str
-    count: int
-    seconds: float
-    bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

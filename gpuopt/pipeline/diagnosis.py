@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +59,7 @@ def of_candidate(
     given: Inputs | None,
     precision: Precision,
     device: Device,
+    transforms: tuple[str, ...],
     runner: Runner | None,
     count: Count | None,
     seen: Seen,
@@ -77,14 +79,7 @@ def of_candidate(
         backend=candidate.backend.name,
         preset=candidate.backend.preset,
         precision=precision.value,
-        transforms=tuple(
-            name
-            for name, on in (
-                ("channels_last", candidate.transforms.channels_last),
-                ("fold_batch_norm", candidate.transforms.fold_batch_norm),
-            )
-            if on
-        ),
+        transforms=transforms,
         input_mode=candidate.input_mode,
         batch=inputs.batch if inputs is not None else 1,
         flags={**_flags(precision), "was_training": any("training mode" in note for note in model.notes)},
@@ -148,7 +143,8 @@ def _first_nonfinite(module: nn.Module | None, given: Inputs | None, precision: 
         return look
 
     dtype = getattr(torch, precision.dtype)
-    twin = module.to(dtype) if dtype.is_floating_point else module
+    twin = copy.deepcopy(module)  # the module itself is evidence, as it was loaded
+    twin = twin.to(dtype) if dtype.is_floating_point else twin
     where = next((t.device for t in (*given.args, *given.kwargs.values()) if isinstance(t, torch.Tensor)), torch.device("cpu"))
     twin = twin.to(where)
     try:

@@ -19,7 +19,11 @@ PACKAGES = (
     "onnxscript",
     "onnxruntime",
     "onnxruntime-gpu",
+    "torchvision",
+    "torchaudio",
     "tensorrt",
+    "tensorrt-cu12",
+    "tensorrt-cu13",
     "tensorrt-rtx-cu13-bindings",
     "torch-tensorrt",
     "torchao",
@@ -38,6 +42,8 @@ FLAG_PREFIXES = (
     "MKL_NUM_THREADS",
     "AOTI_",
 )
+OURS = ("AOTI_RUNTIME_CHECK_INPUTS",)
+"""Set by gpuopt itself in every child: no news to anybody."""
 PRIVATE = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_HOME", "CUDA_PATH", "CUDA_ROOT", "TORCH_HOME")
 """Variables whose value is a path of this machine."""
 
@@ -60,5 +66,9 @@ def describe() -> Environment:
         packages=packages,
         cuda=torch.version.cuda,
         cudnn=str(cudnn) if cudnn else None,
-        flags={k: v for k, v in sorted(os.environ.items()) if k.startswith(FLAG_PREFIXES) and k not in PRIVATE and "/" not in v},
+        flags={
+            k: v
+            for k, v in sorted(os.environ.items())
+            if k.startswith(FLAG_PREFIXES) and k not in PRIVATE and k not in OURS and "/" not in v
+        },
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gpuopt.core.result import Accuracy, Count, Device, Environment, Finding, ModuleRow, PrecisionAudit, RooflinePoint, Samples, Waterfall
+from gpuopt.core.result import Accuracy, Bounds, Count, Device, Environment, Finding, ModuleRow, PrecisionAudit, RooflinePoint, Samples, Useful, Waterfall
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +85,8 @@ class Profiled:
     """Share of device time in kernels with a known count."""
     attributed: float | None
     """Share of device time that could be given to a module."""
+    bounds: Bounds | None = None
+    useful: Useful | None = None
     notes: tuple[str, ...] = ()
 
 

@@ -126,6 +126,7 @@ def measured(run: Run, found: facts.Measured, device: Device, count: Count | Non
     if not samples.steady:
         run = replace(run, notes=(*run.notes, "warm-up ended before two windows agreed: the machine is noisy, or the model's times drift"))
     if count is not None and count.flops:
+        count = as_run(count, run)
         rate = roofline.whole(count, seconds, device.ceilings, slack=slack(device))
         run = replace(
             run,
@@ -137,6 +138,14 @@ def measured(run: Run, found: facts.Measured, device: Device, count: Count | Non
             notes=(*run.notes, *((rate.ceiling_note,) if rate.ceiling_note else ())),
         )
     return run
+
+
+def as_run(count: Count, run: Run) -> Count:
+    """Its FLOPs by the dtypes the artifact really runs in, where the audit found others than were asked for: an fp16 file in fp32 stands against fp32."""
+    audit = run.precision_audit
+    if audit is None or audit.honoured or not audit.shares:
+        return count
+    return replace(count, flops_by_dtype={dtype: share * count.flops for dtype, share in audit.shares.items()})
 
 
 def slack(device: Device) -> float:
@@ -151,6 +160,8 @@ def profiled(run: Run, found: facts.Profiled) -> Run:
         waterfall=found.waterfall,
         roofline=found.roofline,
         modules=found.modules,
+        bounds=found.bounds,
+        useful=found.useful,
         flop_coverage=found.coverage if found.coverage is not None else run.flop_coverage,
         notes=(*run.notes, *found.notes),
     )

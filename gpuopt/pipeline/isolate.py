@@ -224,6 +224,7 @@ def child_environment() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "AOTI_RUNTIME_CHECK_INPUTS": "1",
+        "ORT_DISABLE_TELEMETRY": "1",  # its Linux wheels write a device id and a database into the user's cache, and send events
         "KINETO_LOG_LEVEL": "99",  # its notices would fill the tail of stderr that reasons are taken from
     }
     return values

@@ -25,6 +25,7 @@ from gpuopt.pipeline import anchor, facts, figures, gates, manifests, pairs
 from gpuopt.pipeline.isolate import Child, ChildFailed
 from gpuopt.profiling.roofline import ImpossibleFigure
 from gpuopt.reports import diff
+from gpuopt.trust import consent
 
 T = TypeVar("T")
 
@@ -68,7 +69,16 @@ class Machine:
             if self.is_fresh or "ImpossibleFigure" not in failure.reason:
                 raise
         self._measure_again()
-        return work(self.device)
+        try:
+            return work(self.device)
+        except (ImpossibleFigure, ChildFailed) as error:
+            if self.device.kind != "cpu" or (isinstance(error, ChildFailed) and "ImpossibleFigure" not in error.reason):
+                raise
+            # Nothing vouches for a CPU's ceilings but this measurement: others use its cores, and no data sheet is kept.
+            raise ResourceError(
+                f"this machine is too busy to be measured: {str(error).splitlines()[0][:300]}",
+                fix="stop what else runs on it, and try again",
+            ) from error
 
     def keep(self, sustained: dict[str, Ceiling]) -> None:
         """These sustained ceilings hold from now on. Products that beat the measured one show that it was taken on a busy machine."""
@@ -123,6 +133,9 @@ class Seat:
             self.run = work(self)
         except ChildFailed as failure:
             self.fail(failure)
+        except ResourceError as error:
+            self.error = error
+            self.run = figures.failed(self.run, Status.SKIPPED, error.message, error.fix)
         except ImpossibleFigure as error:
             self.run = figures.failed(self.run, Status.BUG, str(error), "report this: a figure above the data sheet is an error of gpuopt")
         if self.keeps_inaccurate and self.error is None and self.run.status in (Status.ACCURACY_FAIL, Status.NAN):
@@ -202,7 +215,7 @@ def profile(job: Job, progress: Progress | None = None) -> Report:
         job = replace(job, bench=replace(job.bench, verify="off"))
     machine = surveyed(job, progress)
     with seated(candidate, job, progress) as seat:
-        prepare(seat, job)
+        prepare(seat, job, traced=True)
         seat.step(lambda s: measured(s, job, machine))
         seat.step(lambda s: machine.judged(lambda device: profiled(s, job, device)))
         found = seat.ask("diagnose", facts.Diagnosed, device=machine.device, ignore=list(job.ignore)).findings if seat.ok else ()
@@ -422,7 +435,9 @@ def compile(job: Job, progress: Progress | None = None) -> Report:
         raise UsageError("compile writes a bundle", fix="-o FOLDER")
     target = Path(job.output)
     bundle_writer.check_target(target, force=job.force, source=source_of(candidate))
-    machine = surveyed(job, progress)
+    machine = (
+        Machine(job=job, progress=progress, survey=survey(job, progress, ceilings=False)) if job.build_only else surveyed(job, progress)
+    )
     baseline = replace(candidate, backend=BackendSpec(), precision=None, transforms=Transforms())
     runs: list[Run] = []
     with ExitStack() as stack:
@@ -517,6 +532,8 @@ def _write_file(seat: Seat, job: Job, target: Path, kind: str) -> None:
             written = s.ask("export", facts.Exported, kind=kind, folder=str(folder), name=target.name)
             for name in written.files:
                 check_file_target(target.parent / name, force=job.force, source=source_of(s.candidate))
+            if kind == "pt2":
+                consent.record(folder / target.name)  # a program of ours, written just now: its reader need not ask again
             with _disk_errors(target):
                 for name in written.files:
                     (folder / name).replace(target.parent / name)
@@ -579,7 +596,7 @@ def survey(job: Job, progress: Progress, *, ceilings: bool = True) -> facts.Surv
     """Environment, device and its ceilings, from a child of their own."""
     wanted = job.candidates[0].device if job.candidates else job.device or "auto"
     with Child() as child:
-        progress.start("device", "measuring this machine's ceilings" if ceilings else "looking at this machine")
+        progress.start("device", "looking at this machine")
         try:
             found = child.call(
                 "survey",
@@ -610,9 +627,16 @@ def _told(failure: ChildFailed, what: str) -> Exception:
     )
 
 
-def prepare(seat: Seat, job: Job, *, build_only: bool = False) -> None:
-    """Load, build and verify: what every command does before it measures."""
+def prepare(seat: Seat, job: Job, *, build_only: bool = False, traced: bool = False) -> None:
+    """Load, build and verify: what every command does before it measures. `traced`: it will be profiled, which is asked before it is built."""
+
+    def traceable(s: Seat) -> Run:
+        s.ask("require_traceable", facts.Diagnosed)
+        return s.run
+
     seat.step(lambda s: _loaded(s, job.verb))
+    if traced:
+        seat.step(traceable)
     if seat.ok and seat.run.input_source.startswith("guess"):
         seat.progress.warn(f"inputs are a {seat.run.input_source}")
     seat.step(lambda s: _built(s, build_only=build_only))

@@ -74,7 +74,9 @@ def write(pack: Pack, folder: Path) -> str:
     for role, sides in (("reference", pack.reference), ("twin", pack.twins)):
         for seed, named in zip(pack.seeds, sides, strict=True):
             for index, (_, value) in enumerate(named):
-                tensors[f"{role}.{seed}.{index}"] = value.contiguous()
+                tensors[f"{role}.{seed}.{index}"] = value.clone(
+                    memory_format=torch.contiguous_format
+                )  # a file's twin is its reference: safetensors refuses shared memory
     facts = {"seeds": pack.seeds, "kind": pack.kind, "names": pack.names, "shapes": pack.shapes}
     save_file(tensors, folder / FILE, metadata={"pack": json.dumps(facts)})
     return FILE
@@ -84,7 +86,7 @@ def write_inputs(inputs: Inputs, folder: Path) -> str:
     """The tensors a user gave, so that the bundle can be verified on them; returns the file's name."""
     names = [spec.name or str(i) for i, spec in enumerate(inputs.specs)]
     values = [*inputs.args, *inputs.kwargs.values()]
-    save_file({n: v.contiguous().cpu() for n, v in zip(names, values, strict=True)}, folder / INPUTS)
+    save_file({n: v.cpu().clone(memory_format=torch.contiguous_format) for n, v in zip(names, values, strict=True)}, folder / INPUTS)
     return INPUTS
 
 

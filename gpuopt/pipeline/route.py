@@ -18,7 +18,8 @@ def find(form: str, backend: Any, name: str) -> str:
     if form in TORCH_FORMS and "onnx" in backend.FORMS:
         return "via ONNX"
     takes = ", ".join(sorted(backend.FORMS | (TORCH_FORMS if "onnx" in backend.FORMS else frozenset())))
-    raise Unsupported(f"{name} cannot take a model of form {form!r}: it takes {takes}", fix="gpuopt backends MODEL shows what can")
+    able = "; --backend ort and --backend trt take it" if form == "onnx" else ""
+    raise Unsupported(f"{name} cannot take a model of form {form!r}: it takes {takes}", fix=f"gpuopt backends MODEL shows what can{able}")
 
 
 def check(form: str, backend: Any, name: str, precision: Precision, device: str, *, build_only: bool = False) -> str:

@@ -37,7 +37,7 @@ from gpuopt.doctor import diagnose as doctor
 from gpuopt.loaders import inputs as input_maker
 from gpuopt.pipeline import diagnosis, environment, facts, figures, packs, route, verification
 from gpuopt.pipeline.anchor import Anchor
-from gpuopt.profiling import attribute, count, memory, roofline, trace, waterfall
+from gpuopt.profiling import attribute, bounds, count, memory, roofline, trace, useful, waterfall, waves
 from gpuopt.timing import clocks, loop
 
 SEEDS = 2
@@ -477,11 +477,7 @@ class Session:
     def profile(self, device: Device, wall_ms: float, depth: int) -> facts.Profiled:
         """Trace in a run of its own and set it against the untraced wall time. Raises ImpossibleFigure for one that cannot be."""
         call, _, where = self._timed()
-        if where == "cpu" and getattr(self._backend(), "OPAQUE_ON_CPU", False):
-            raise Unsupported(
-                "what this backend runs on a CPU is invisible to torch.profiler: all of its time would read as launch gaps",
-                fix="gpuopt bench times it; profile the source model with --backend eager",
-            )
+        self.require_traceable()
         self._progress(None, "tracing")
         module = self._changed.module if self._changed is not None and self._is_eager() else None
         traced = trace.record(call, where, with_modules=module)
@@ -494,9 +490,16 @@ class Session:
         parameters = count.module_parameters(source) if source is not None else None
         classes = count.module_classes(source) if source is not None else None
         self._seen.waterfall = waterfall.build(traced, wall_ms, device.ceilings, records)
+        points = roofline.points(records, device.ceilings, cache_bytes=device.cache_bytes, slack=figures.slack(device))
+        lost = waves.losses(traced, records, num_sms=device.num_sms, capability=device.capability)
+        given, outside = self._given(), None
+        if source is not None:
+            outside = bounds.external(source, given, call(), counted)
         return facts.Profiled(
             waterfall=self._seen.waterfall,
-            roofline=roofline.points(records, device.ceilings, cache_bytes=device.cache_bytes, slack=figures.slack(device)),
+            roofline=waves.annotate(points, records, lost),
+            bounds=bounds.build(counted, device.ceilings, outside),
+            useful=useful.of_call(counted, source, given),
             modules=tuple(
                 row
                 for row in attribute.modules(records, counted, wall_ms, ceilings=device.ceilings, parameters=parameters, classes=classes)
@@ -505,6 +508,16 @@ class Session:
             coverage=attribute.coverage(records),
             attributed=placed_ns / timed_ns if timed_ns else None,
         )
+
+    def require_traceable(self) -> facts.Diagnosed:
+        """Raises Unsupported for a backend whose work no trace shows: asked before it is built, so that nobody waits for a refusal."""
+        candidate, _ = self._loaded()
+        if candidate.device == "cpu" and getattr(self._backend(), "OPAQUE_ON_CPU", False):
+            raise Unsupported(
+                "what this backend runs on a CPU is invisible to torch.profiler: all of its time would read as python and framework",
+                fix="gpuopt bench times it; profile the source model with --backend eager",
+            )
+        return facts.Diagnosed(findings=())
 
     # -- diagnose -----------------------------------------------------------------------------------------------------------------
 
@@ -521,6 +534,7 @@ class Session:
             given=None if failed else self._given(),
             precision=self._precision,
             device=device,
+            transforms=describe_transforms(self._candidate.transforms),
             runner=self._runner,
             count=self._count,
             seen=self._seen,
@@ -594,7 +608,11 @@ class Session:
         """Environment and device, with measured and data-sheet ceilings."""
         device = info.describe(info.resolve(device_id))
         if ceilings:
-            found = measured_ceilings.all_ceilings(device, refresh=refresh, progress=lambda share, note: self._progress(share, note))
+            found = measured_ceilings.all_ceilings(
+                device,
+                refresh=refresh,
+                progress=lambda share, note: self._progress(share, f"measuring its ceilings: {note}" if note else ""),
+            )
             device = replace(device, ceilings=found)
         return facts.Survey(environment=environment.describe(), device=device)
 

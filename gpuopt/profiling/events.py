@@ -7,6 +7,7 @@ All times are nanoseconds from the first event.
 from __future__ import annotations
 
 import bisect
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -142,6 +143,11 @@ def from_chrome(data: Mapping[str, Any], *, device: str, notes: tuple[str, ...] 
                     step=step,
                     graph_id=_int(args.get("graph id")) or (correlation if is_replay else None),
                     is_memset=category == "gpu_memset",
+                    grid=_triple(args.get("grid")),
+                    block=_triple(args.get("block")),
+                    registers=_int(args.get("registers per thread")),
+                    shared_bytes=_int(args.get("shared memory")),
+                    blocks_per_sm=_positive(args.get("blocks per SM")),
                 )
             )
     return Trace(
@@ -271,3 +277,20 @@ def _int(value: Any) -> int | None:
         return int(value)
     except (TypeError, ValueError):
         return None
+
+
+def _triple(value: Any) -> tuple[int, int, int] | None:
+    """`[132, 1, 1]`; None for anything else."""
+    if not isinstance(value, list) or len(value) != 3:
+        return None
+    x, y, z = (_int(n) for n in value)
+    return None if x is None or y is None or z is None else (x, y, z)
+
+
+def _positive(value: Any) -> float | None:
+    """A figure above 0. Kineto writes "inf" or a negative number where it could not ask the device for its SMs."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if 0 < number < math.inf else None

@@ -7,10 +7,10 @@ or were so in part. They are named.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from gpuopt.core.result import CEILING_OF_DTYPE, Ceilings, Count, OpRecord, RooflinePoint
+from gpuopt.core.result import CEILING_OF_DTYPE, Ceilings, Count, OpRecord, RooflinePoint, Useful
 
 SLACK = 0.05
 """A measured ceiling is a median of its own: another run may beat it by this much (clocks, heat) before the figure is refused."""
@@ -39,6 +39,8 @@ class Throughput:
     pct_of_roofline: float | None
     """Floor of every op (compute or memory, unfused) over the time taken."""
     ceiling_note: str = ""
+    tflops_useful: float | None = None
+    """Without padding and the masked half of causal attention; None where nothing says what they are."""
 
 
 def floor_ns(record: OpRecord, ceilings: Ceilings, kind: str = "measured") -> tuple[float | None, str, str]:
@@ -181,8 +183,12 @@ def _rate(flops: float, time_ns: float) -> str:
     return f"{flops / time_ns / 1e3:.4g} TFLOP/s"
 
 
-def whole(count: Count, seconds: float, ceilings: Ceilings, *, slack: float = SLACK) -> Throughput:
+def whole(count: Count, seconds: float, ceilings: Ceilings, *, slack: float = SLACK, useful: Useful | None = None) -> Throughput:
     """A whole forward of `count` in `seconds`. Mixed precision is weighed by dtype: percent = Σ FLOPs_d / peak_d over the time.
+
+    Parameters
+    ----------
+    useful: what of the FLOPs is not padding, where a mask says so: a program that skips padding cannot have done the others, and a refusal then names that.
 
     Raises
     ------
@@ -207,13 +213,15 @@ def whole(count: Count, seconds: float, ceilings: Ceilings, *, slack: float = SL
             used = ", ".join(f"{d} {p / 1e12:.4g} TFLOP/s" for d, p in peaks.items() if p)
             raise ImpossibleFigure(
                 f"{count.flops / seconds / 1e12:.4g} TFLOP/s is {100 * share:.0f}% of the {kind} peak ({used}); "
-                f"counted {count.flops:.6g} FLOPs in {seconds:.6g} s: the count (padding? sparsity?), the peak or the clock is wrong"
+                f"counted {count.flops:.6g} FLOPs in {seconds:.6g} s: {_culprit(count, seconds, useful, peaks)}"
                 + ("; measure the ceilings again if the machine was busy then" if kind == "measured" else "")
             )
         if kind not in percents:
             percents[kind] = 100.0 * share
         if kind == "measured" and share > 1.0:
             notes.append(f"above the measured peak within its {100 * slack:.0f}% run-to-run slack")
+    if useful is not None and useful.flops_padding:
+        notes.append("; ".join(useful.reasons[:1]))
     sustained = _share_of_sustained(count, seconds, ceilings)
     if sustained is not None and sustained > 1.0:
         notes.append("faster than products kept up between its blocks: it draws less power than they do")
@@ -230,7 +238,20 @@ def whole(count: Count, seconds: float, ceilings: Ceilings, *, slack: float = SL
         pct_of_spec=percents["spec"],
         pct_of_roofline=roof,
         ceiling_note="; ".join(notes),
+        tflops_useful=useful.flops_useful / seconds / 1e12 if useful is not None and has_flops else None,
     )
+
+
+def _culprit(count: Count, seconds: float, useful: Useful | None, peaks: Mapping[str, float | None]) -> str:
+    """What is wrong with an impossible figure: padding, where that alone explains it."""
+    if useful is None or not useful.flops_padding:
+        return "the count (padding? sparsity?), the peak or the clock is wrong"
+    # Causal attention may well run in full: only the padding is taken off.
+    left = max(0.0, count.flops - useful.flops_padding)
+    scale = left / count.flops if count.flops else 0.0
+    share = scale * sum(flops / peak for dtype, flops in count.flops_by_dtype.items() if (peak := peaks[dtype])) / seconds
+    said = f"padding counted as work ({useful.reasons[0]}); without it {left:.6g} FLOPs are {100 * share:.0f}% of the peak"
+    return said if share <= 1.0 else f"{said}, still too many: the peak or the clock is wrong as well"
 
 
 def _share_of_sustained(count: Count, seconds: float, ceilings: Ceilings) -> float | None:

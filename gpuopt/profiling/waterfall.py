@@ -1,7 +1,9 @@
-"""Trace + untraced wall time + records -> where one forward's wall time went. Pure.
+"""Trace + untraced wall time + records -> where one forward's wall time went, in the same parts for every backend. Pure.
 
-Tracing stretches the host, never the kernels. So on a GPU kernel and copy times are taken from the trace (the union over streams: what overlaps is counted once, a copy under a
-kernel not at all), and the gaps between them from the *untraced* wall: wall - busy, at most the idle time the trace saw. What then is left is `unaccounted`, in the open.
+Tracing stretches the host, never the kernels. So on a GPU kernel and transfer times are taken from the trace (the union over streams: what overlaps is counted once, a transfer under a
+kernel not at all), and idle time from the *untraced* wall: wall - busy, split by the reasons gaps.py found, at most what the trace saw of each. What then is left is
+`unaccounted`, in the open. Where the host runs ahead (even traced, it launches a call in less time than the device is busy with it, and nothing in the call waits), gaps that the trace
+shows while the queue was still empty do not exist back to back: each then counts as the usual gap between queued kernels.
 On a CPU the ops are the work, and the profiler's own time lands between them: the excess of traced over untraced time is taken from the framework's part first.
 """
 
@@ -10,20 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from gpuopt.core.result import Ceilings, OpRecord, Waterfall, WaterfallPart
-from gpuopt.core.trace import RuntimeCall, Trace
-from gpuopt.profiling.roofline import floor_ns, link_of
+from gpuopt.core.result import WATERFALL_PARTS, Ceilings, OpRecord, Waterfall, WaterfallPart
+from gpuopt.core.trace import Trace
+from gpuopt.profiling import gaps, passes
 
-PARTS = ("host-to-device", "launch gaps", "compute-bound", "memory-bound", "other", "device-to-host", "unaccounted")
+PARTS = WATERFALL_PARTS
 """In the order shown; every waterfall has all of them."""
+PAGEABLE, PINNED, D2H = "host-to-device (pageable)", "host-to-device (pinned)", "device-to-host"
+_WORK = (passes.TENSOR, passes.OTHER, passes.MEMORY, passes.LAYOUT, passes.CASTS, passes.POINTWISE)
 
-
-def bound_class(record: OpRecord, ceilings: Ceilings) -> str:
-    """`compute-bound`, `memory-bound`, `other` (no formula, or no ceiling), or `overhead`: an op that neither multiplies nor moves, which only a CPU's trace times."""
-    if record.flops == 0 and record.bytes == 0:
-        return "overhead"
-    _, bound, _ = floor_ns(record, ceilings)
-    return {"compute": "compute-bound", "memory": "memory-bound"}.get(bound, "other")
+Span = tuple[int, int]
 
 
 def build(trace: Trace, wall_ms: float, ceilings: Ceilings, records: Iterable[OpRecord]) -> Waterfall:
@@ -40,50 +38,19 @@ def build(trace: Trace, wall_ms: float, ceilings: Ceilings, records: Iterable[Op
     return _on_device(trace, wall_ns, ceilings, rows) if trace.on_device else _on_host(trace, wall_ns, ceilings, rows)
 
 
-def _shares(rows: list[OpRecord], ceilings: Ceilings) -> dict[str, float]:
-    """Class -> share of the summed times of the rows, copies over the link left out."""
-    sums: dict[str, list[float]] = {}
-    for row in rows:
-        if row.time_ns and link_of(row) is None:
-            sums.setdefault(bound_class(row, ceilings), []).append(row.time_ns)
-    total = math.fsum(t for times in sums.values() for t in times)
-    return {name: math.fsum(times) / total for name, times in sums.items()} if total else {}
-
-
 def _on_device(trace: Trace, wall_ns: float, ceilings: Ceilings, rows: list[OpRecord]) -> Waterfall:
     steps = len(trace.steps)
-    kernels: list[tuple[int, int]] = [(k.start_ns, k.start_ns + k.dur_ns) for k in trace.kernels if k.step is not None]
-    kernels += [(c.start_ns, c.start_ns + c.dur_ns) for c in trace.copies if c.step is not None and c.kind not in ("h2d", "d2h")]
-    links = {
-        kind: [(c.start_ns, c.start_ns + c.dur_ns) for c in trace.copies if c.step is not None and c.kind == kind]
-        for kind in ("h2d", "d2h")
-    }
-    # Earlier in this list hides later: a copy under a kernel costs nothing.
-    layers = _exclusive([kernels, links["h2d"], links["d2h"], _waits(trace, "h2d"), _waits(trace, "d2h")])
-    kernel_ns, h2d_ns, d2h_ns, h2d_wait_ns, d2h_wait_ns = (length / steps for length in layers)
-    busy_ns = kernel_ns + h2d_ns + d2h_ns
-    span_ns = sum(s.dur_ns for s in trace.steps) / steps
-    # Host copies through pageable memory: the device idles while the call holds the host.
-    waits = {"host-to-device": h2d_wait_ns, "device-to-host": d2h_wait_ns}
-    room = max(0.0, wall_ns - busy_ns)
-    waited = sum(waits.values())
-    waits = {name: ns * min(1.0, room / waited) if waited else 0.0 for name, ns in waits.items()}
-    idle_ns = max(0.0, span_ns - busy_ns - waited)
-    gaps_ns = min(max(0.0, room - sum(waits.values())), idle_ns)
-
-    shares = _shares(rows, ceilings)
-    parts = {
-        "host-to-device": h2d_ns + waits["host-to-device"],
-        "compute-bound": kernel_ns * shares.get("compute-bound", 0.0),
-        "memory-bound": kernel_ns * (shares.get("memory-bound", 0.0) + shares.get("overhead", 0.0)),
-        "device-to-host": d2h_ns + waits["device-to-host"],
-        "launch gaps": gaps_ns,
-    }
-    parts["other"] = max(0.0, kernel_ns - parts["compute-bound"] - parts["memory-bound"])
-    method = (
-        f"device busy time from a trace of {steps} calls (union over streams), gaps from the untraced wall time"
-        " (traced time is never used for gaps); kernels of a class share the busy time by their durations"
-    )
+    layers = _layers(trace)
+    # Earlier in this order hides later: a transfer under a kernel costs nothing.
+    exposed = dict(zip(layers, (length / steps for length in _exclusive(list(layers.values()))), strict=True))
+    busy_ns = math.fsum(exposed.values())
+    split = passes.of_device(trace, rows, ceilings)
+    kernel_ns = exposed.pop("kernels")
+    parts = {part: kernel_ns * share for part, share in split.shares.items() if part in _WORK}
+    # Work of no class cannot happen; what rounding leaves belongs to the largest.
+    parts.update(exposed)
+    idle = gaps.idle(trace)
+    method = f"device busy time from a trace of {steps} calls (union over streams), idle time from the untraced wall time"
     if busy_ns > wall_ns:
         # Kernels ran slower in the trace than in the timed loop (clocks), or timed calls overlapped: shrink, and say by how much.
         scale = wall_ns / busy_ns if busy_ns else 0.0
@@ -91,28 +58,96 @@ def _on_device(trace: Trace, wall_ns: float, ceilings: Ceilings, rows: list[OpRe
         method += (
             f"; kernel times scaled by {scale:.3f}: the traced device was busy {busy_ns / 1e6:.4g} ms of a {wall_ns / 1e6:.4g} ms wall"
         )
-    num_kernels = sum(1 for k in trace.kernels if k.step is not None) / steps
-    pageable = sum(c.bytes for c in trace.copies if c.step is not None and c.memory == "pageable") / steps
-    details = {
-        "launch gaps": f"device idle, {num_kernels:.0f} kernels a call",
-        "host-to-device": f"{sum(c.bytes for c in trace.copies if c.step is not None and c.kind == 'h2d') / steps / 1e6:.4g} MB"
-        + (f", {pageable / 1e6:.4g} MB through pageable memory" if pageable else ""),
-        "device-to-host": f"{sum(c.bytes for c in trace.copies if c.step is not None and c.kind == 'd2h') / steps / 1e6:.4g} MB",
-        "other": "kernels without a known count" if parts["other"] else "",
-    }
+        waiting: dict[str, float] = {}
+    else:
+        waiting, how = _waiting(idle, busy_ns, wall_ns - busy_ns)
+        method += f", {how}"
+    for name, ns in waiting.items():
+        parts[name] = parts.get(name, 0.0) + ns
     if trace.num_lost:
         method += f"; {trace.num_lost} device events lay outside the traced calls"
+    details = _details(trace, split, idle, layers, exposed, parts)
     return _assemble(wall_ns / 1e6, {n: ns / 1e6 for n, ns in parts.items()}, details, method)
 
 
-def _waits(trace: Trace, kind: str) -> list[tuple[int, int]]:
-    """Host time inside the calls of copies of this kind that go through pageable memory: those calls block, whatever their name says."""
-    wanted = {c.correlation for c in trace.copies if c.kind == kind and c.memory == "pageable" and c.correlation}
-    calls: list[RuntimeCall] = [r for r in trace.runtime if r.correlation in wanted and r.step is not None]
-    return [(r.start_ns, r.start_ns + r.dur_ns) for r in calls]
+def _layers(trace: Trace) -> dict[str, list[Span]]:
+    """What runs on the device in the steps: kernels with copies inside the device, then transfers by kind."""
+    found: dict[str, list[Span]] = {"kernels": [], PAGEABLE: [], PINNED: [], D2H: []}
+    found["kernels"] += [(k.start_ns, k.start_ns + k.dur_ns) for k in trace.kernels if k.step is not None]
+    for copy in trace.copies:
+        if copy.step is not None:
+            found[_transfer(copy.kind, copy.memory)].append((copy.start_ns, copy.start_ns + copy.dur_ns))
+    return found
 
 
-def _exclusive(layers: list[list[tuple[int, int]]]) -> list[int]:
+def _transfer(kind: str, memory: str) -> str:
+    if kind == "h2d":
+        return PAGEABLE if memory == "pageable" else PINNED  # memory Kineto does not name comes from a graph or a managed page: no staging
+    return D2H if kind == "d2h" else "kernels"
+
+
+def _waiting(idle: gaps.Idle, busy_ns: float, room: float) -> tuple[dict[str, float], str]:
+    """Idle time by part: at most `room`, and of each reason at most what the trace saw. And how that was judged."""
+    if idle.host < busy_ns and not idle.blocks:
+        queued = min(room, idle.queued_mean * idle.works)
+        starting = min(room - queued, idle.graph_start)
+        return {"idle": queued, "launch gaps": starting}, "the host runs ahead of the device"
+    found: dict[str, float] = {}
+    left = room
+
+    def take(name: str, ns: float) -> None:
+        nonlocal left
+        taken = min(left, ns)
+        found[name] = found.get(name, 0.0) + taken
+        left -= taken
+
+    # First what tracing does not stretch; of what it does stretch, the shares.
+    take("copy calls", idle.copy_calls)
+    take("idle", idle.queued)
+    take("synchronisation", idle.sync)
+    host = idle.launch + idle.python
+    scale = min(1.0, left / host) if host else 0.0
+    take("launch gaps", idle.launch * scale)
+    take("python and framework", idle.python * scale)
+    take("synchronisation", idle.tracer)
+    return found, "split as the trace saw it"
+
+
+def _details(
+    trace: Trace,
+    split: passes.Split,
+    idle: gaps.Idle,
+    layers: dict[str, list[Span]],
+    exposed: dict[str, float],
+    parts: dict[str, float],
+) -> dict[str, str]:
+    steps = len(trace.steps)
+    num_kernels = sum(1 for k in trace.kernels if k.step is not None) / steps
+    details = {
+        "copy calls": "the host inside copy calls, no transfer running",
+        "launch gaps": f"the device waits for the host to launch, {num_kernels:.0f} kernels a call",
+        "synchronisation": f"{idle.waits:.3g} waits a call" if idle.waits else "",
+        "python and framework": "the device waits, the host is outside any op",
+        "idle": "between kernels that were already queued",
+    }
+    for name in (PAGEABLE, PINNED, D2H):
+        size = sum(c.bytes for c in trace.copies if c.step is not None and _transfer(c.kind, c.memory) == name) / steps
+        total = sum(end - start for start, end in gaps.merged(layers[name])) / steps
+        hidden = max(0.0, total - exposed[name])
+        if total:
+            details[name] = f"{size / 1e6:.4g} MB"
+            if hidden > 0.01 * total:
+                details[name] += f"; hidden under other work: {hidden / 1e6:.3g} of {total / 1e6:.3g} ms"
+    for name in (passes.LAYOUT, passes.CASTS, passes.POINTWISE):
+        if split.counts.get(name):
+            details[name] = f"{split.counts[name]:.3g} passes a call"
+    if split.unknown > 0.001:
+        worst = max((passes.TENSOR, passes.OTHER), key=lambda n: parts.get(n, 0.0))
+        details[worst] = f"{100 * split.unknown:.2g}% of the kernel time has no known count: placed by kernel name"
+    return {name: text if parts.get(name) else "" for name, text in details.items()}
+
+
+def _exclusive(layers: list[list[Span]]) -> list[int]:
     """Length of time in which each layer is the first active one, by one sweep over all ends."""
     edges = sorted(
         (time, delta, layer)
@@ -139,23 +174,22 @@ def _on_host(trace: Trace, wall_ns: float, ceilings: Ceilings, rows: list[OpReco
     # Threads of an op run inside it; only the thread that made the call is on the wall clock.
     main = _busiest_thread(trace)
     ops_ns = sum(op.dur_ns for op in trace.ops if op.step is not None and op.parent is None and op.thread == main) / steps
-    shares = _shares(rows, ceilings)
-    work_ns = min(ops_ns, span_ns) * (1.0 - shares.get("overhead", 0.0)) if shares else 0.0
-    framework_ns = max(0.0, span_ns - work_ns)
-    gaps_ns = min(framework_ns, max(0.0, wall_ns - work_ns))
-    method = f"self times of ops from a trace of {steps} calls; python, dispatch and views are `launch gaps`"
+    split = passes.of_host(trace, rows, ceilings)
+    working = 1.0 - split.shares.get(passes.OVERHEAD, 0.0) if split.shares else 0.0
+    work_ns = min(ops_ns, span_ns) * working
+    framework_ns = min(max(0.0, span_ns - work_ns), max(0.0, wall_ns - work_ns))
+    method = f"self times of ops from a trace of {steps} calls; dispatch and views are `python and framework`"
     if span_ns > wall_ns:
         method += f"; tracing took {(span_ns - wall_ns) / 1e6:.3g} ms of {span_ns / 1e6:.4g} ms, taken off the framework's part first"
     scale = 1.0
     if work_ns > wall_ns:
         scale = wall_ns / work_ns
         method += f"; op times scaled by {scale:.3f} to the untraced wall"
-    working = 1.0 - shares.get("overhead", 0.0)
-    parts = {
-        name: work_ns * scale * shares.get(name, 0.0) / working if working else 0.0 for name in ("compute-bound", "memory-bound", "other")
-    }
-    parts["launch gaps"] = gaps_ns
-    details = {"launch gaps": "python and framework"}
+    parts = {name: work_ns * scale * split.shares.get(name, 0.0) / working if working else 0.0 for name in _WORK}
+    parts["python and framework"] = framework_ns
+    details = {name: f"{split.counts[name]:.3g} passes a call" for name in (passes.LAYOUT, passes.CASTS, passes.POINTWISE) if parts[name]}
+    if split.unknown > 0.001:
+        details[passes.OTHER] = f"{100 * split.unknown:.2g}% of the time is in ops without a known count or ceiling"
     return _assemble(wall_ns / 1e6, {n: ns / 1e6 for n, ns in parts.items()}, details, method)
 
 

@@ -12,7 +12,7 @@ from statistics import median
 from gpuopt.core.errors import Unavailable
 from gpuopt.core.result import Samples
 from gpuopt.core.spec import BenchSpec
-from gpuopt.core.stats import is_steady, relative_noise
+from gpuopt.core.stats import MIN_PAIRS, is_steady, relative_noise
 from gpuopt.timing.clocks import RESOLUTIONS_PER_SAMPLE, Call, Clock
 
 MAX_CALLS = 20_000
@@ -37,12 +37,15 @@ def warm_up(call: Call, clock: Clock, spec: BenchSpec) -> tuple[tuple[int, ...],
 def block(call: Call, clock: Clock, spec: BenchSpec) -> Samples:
     """One block of an interleaved pair: at least `spec.block_ms` and `spec.min_iterations` calls, after a short pilot kept as warm-up.
 
+    Fewer calls where as many blocks as a verdict needs would not fit `spec.max_time_s`.
+
     Raises Unavailable when the clock cannot see the call pass.
     """
     with _no_gc(collect=False):
         pilot = _pilot(call, clock, spec.block_ms * 1e6)
         inner = _inner(pilot, clock)
-        taken, _ = _block(call, clock, _typical(pilot), spec.block_ms * 1e6, spec.min_iterations, inner)
+        affordable = max(1, int(spec.max_time_s * 1e9 / MIN_PAIRS / _typical(pilot)))
+        taken, _ = _block(call, clock, _typical(pilot), spec.block_ms * 1e6, min(spec.min_iterations, affordable), inner)
     return _finish(taken, pilot, inner)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from dataclasses import dataclass
 from importlib import metadata
@@ -50,6 +51,9 @@ NEEDS: dict[str, Need] = {
 def load(name: str) -> Any:
     """The module of a package in NEEDS. Raises Unavailable where it is missing, broken, a placeholder or too old, with the version found and the one wanted."""
     need = NEEDS[name]
+    if name == "onnxruntime":
+        # Its wheels write a device id into the user's cache and send events unless told otherwise before they are imported.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:

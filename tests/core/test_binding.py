@@ -33,6 +33,14 @@ def test_names_bind_first_and_the_rest_in_order(args: tuple[object, ...], kwargs
     assert (found["a"], found["b"], found["c"]) == (A, B, C) or [t.shape[0] for t in found.values()] == [1, 2, 3]
 
 
+def test_a_keyword_no_input_has_is_no_other_inputs_value() -> None:
+    with pytest.raises(UsageError, match="position_ids") as told:
+        bind(["ids", "mask", "types"], (), {"ids": A, "position_ids": B, "types": C})
+    assert "mask" in (told.value.fix or "")
+    # An exporter that renamed every input leaves no name to go by: then the order stands.
+    assert list(bind(["arg0", "arg1"], (), {"ids": A, "mask": B})) == ["arg0", "arg1"]
+
+
 def test_too_many_and_too_few_are_named() -> None:
     with pytest.raises(UsageError, match="has 1 inputs \\(a\\), it was given 2"):
         bind(["a"], (A, B), {})

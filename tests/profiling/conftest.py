@@ -30,10 +30,19 @@ class Timeline:
     def module(self, name: str, cls: str, start: float, dur: float) -> None:
         self._add("user_annotation", f"{MODULE}{name}|{cls}", start, dur)
 
-    def op(self, name: str, start: float, dur: float, shapes: list[Any] | None = None, dtype: str = "c10::Half") -> int:
+    def op(
+        self,
+        name: str,
+        start: float,
+        dur: float,
+        shapes: list[Any] | None = None,
+        dtype: str = "c10::Half",
+        dtypes: list[str] | None = None,
+    ) -> int:
         self.external += 1
         shapes = shapes or []
-        self._add("cpu_op", name, start, dur, **{"External id": self.external, "Input Dims": shapes, "Input type": [dtype] * len(shapes)})
+        types = dtypes or [dtype] * len(shapes)
+        self._add("cpu_op", name, start, dur, **{"External id": self.external, "Input Dims": shapes, "Input type": types})
         return self.external
 
     def kernel(
@@ -47,6 +56,7 @@ class Timeline:
         graph: int = 0,
         external: int | None = None,
         lost_launch: bool = False,
+        **launch_args: Any,
     ) -> None:
         self.correlation += 1
         call = "cudaGraphLaunch" if graph else "cudaLaunchKernel"
@@ -64,7 +74,11 @@ class Timeline:
             device=0,
             **({"External id": external} if external else {}),
             **extra,
+            **launch_args,
         )
+
+    def sync(self, name: str, start: float, dur: float) -> None:
+        self._add("cuda_runtime", name, start, dur)
 
     def copy(self, kind: str, memory: str, launch: float, call: float, start: float, dur: float, size: int, *, stream: int = 7) -> None:
         self.correlation += 1

@@ -89,6 +89,30 @@ def test_a_child_that_rounding_pushed_past_its_parent_is_still_a_child():
     assert (child.parent, parent.self_ns, child.dur_ns) == (parent.index, 5000, 5000)
 
 
+def test_how_a_kernel_was_launched_is_kept(timeline):
+    timeline.step(0, 100)
+    shape = {"grid": [132, 1, 1], "block": [384, 1, 1], "registers per thread": 168, "shared memory": 231424, "blocks per SM": 1.0}
+    timeline.kernel("nvjet", launch=5, start=10, dur=5, **shape)
+    (kernel,) = timeline.trace().kernels
+    assert (kernel.grid, kernel.block, kernel.registers, kernel.shared_bytes, kernel.blocks_per_sm) == (
+        (132, 1, 1),
+        (384, 1, 1),
+        168,
+        231424,
+        1.0,
+    )
+
+
+@pytest.mark.parametrize(
+    "odd", [{}, {"grid": "132", "block": [1, 2], "blocks per SM": "inf"}, {"grid": [None, 1, 1], "blocks per SM": -99}]
+)
+def test_a_launch_that_kineto_did_not_describe_is_unknown(timeline, odd):
+    timeline.step(0, 100)
+    timeline.kernel("k", launch=5, start=10, dur=5, **odd)
+    (kernel,) = timeline.trace().kernels
+    assert (kernel.grid, kernel.block, kernel.registers, kernel.blocks_per_sm) == (None, None, None, None)
+
+
 @pytest.mark.parametrize(
     "name, expected",
     [

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from gpuopt.core.result import Ceilings, OpRecord
 from gpuopt.profiling.attribute import attribute
 from gpuopt.profiling.count import summarize
-from gpuopt.profiling.waterfall import PARTS, bound_class, build
+from gpuopt.profiling.passes import bound_class
+from gpuopt.profiling.waterfall import PARTS, build
 
 
 def parts(found):
@@ -27,39 +28,65 @@ MEMORY = gemm(0.0, moved=1e9, op="aten.add")
 UNKNOWN = gemm(None, op="lib.custom")
 
 
+def only(**values):
+    """All parts, 0 but for those named (`launch_gaps=1.0`; the avoidable ones without that word)."""
+    names = {
+        "unfused": "avoidable: unfused pointwise",
+        "layout": "avoidable: layout",
+        "casts": "avoidable: casts",
+        "tensor": "tensor-core compute",
+    }
+    names |= {
+        "other": "other compute",
+        "memory": "memory-bound",
+        "launch": "launch gaps",
+        "sync": "synchronisation",
+        "python": "python and framework",
+    }
+    names |= {"pinned": "host-to-device (pinned)", "pageable": "host-to-device (pageable)", "calls": "copy calls", "d2h": "device-to-host"}
+    return pytest.approx({**dict.fromkeys(PARTS, 0.0), **{names.get(n, n): v for n, v in values.items()}})
+
+
+def detail(found, name):
+    return next(p.detail for p in found.parts if p.name == name)
+
+
 def test_a_busy_gpu_has_no_gaps_and_nothing_unaccounted(timeline, h200):
     timeline.step(0, 1000)
     for at in range(9):
         timeline.kernel("gemm", launch=1 + at, start=50 + 100 * at, dur=100)
     found = build(timeline.trace(), 0.9, h200, [COMPUTE])
-    assert parts(found) == pytest.approx({**dict.fromkeys(PARTS, 0.0), "compute-bound": 0.9})
+    assert parts(found) == only(tensor=0.9)
     assert found.unaccounted_ms == pytest.approx(0.0, abs=1e-12)
 
 
 def test_gaps_come_from_the_untraced_wall_not_from_the_stretched_trace(timeline, h200):
     timeline.step(0, 5000)  # tracing made the host three times slower
     for at in range(10):
+        timeline.op("aten::mm", 400 * at, 400)
         timeline.kernel("small", launch=1 + 400 * at, start=3 + 400 * at, dur=50)
+    timeline.sync("cudaDeviceSynchronize", 3640, 1360)
     found = build(timeline.trace(), 1.5, h200, [MEMORY])
-    assert parts(found) == pytest.approx({**dict.fromkeys(PARTS, 0.0), "memory-bound": 0.5, "launch gaps": 1.0})
-    assert "10 kernels" in next(p.detail for p in found.parts if p.name == "launch gaps")
+    assert parts(found) == only(memory=0.5, launch=1.0)
+    assert "10 kernels" in detail(found, "launch gaps")
 
 
 def test_wall_time_that_the_trace_never_saw_is_unaccounted(timeline, h200):
     timeline.step(0, 1000)
-    timeline.kernel("gemm", launch=1, start=100, dur=900)
+    timeline.kernel("gemm", launch=98, start=100, dur=900)
     found = build(timeline.trace(), 2.0, h200, [COMPUTE])
-    assert parts(found)["launch gaps"] == pytest.approx(0.1)
-    assert found.unaccounted_ms == parts(found)["unaccounted"] == pytest.approx(1.0)
+    assert parts(found)["tensor-core compute"] == pytest.approx(0.9)
+    assert found.unaccounted_ms == parts(found)["unaccounted"] == pytest.approx(1.1)
 
 
-def test_overlapping_streams_count_once(timeline, h200):
+def test_overlapping_streams_count_once_and_what_is_hidden_is_told(timeline, h200):
     timeline.step(0, 1000)
     timeline.kernel("a", launch=1, start=100, dur=400, stream=7)
     timeline.kernel("b", launch=2, start=200, dur=400, stream=8)
     timeline.copy("h2d", "Pinned", launch=3, call=2, start=300, dur=500, size=1 << 20, stream=9)
-    found = build(timeline.trace(), 0.8, h200, [COMPUTE])
-    assert parts(found) == pytest.approx({**dict.fromkeys(PARTS, 0.0), "compute-bound": 0.5, "host-to-device": 0.2, "launch gaps": 0.1})
+    found = build(timeline.trace(), 0.7, h200, [COMPUTE])
+    assert parts(found) == only(tensor=0.5, pinned=0.2)
+    assert "hidden under other work: 0.3 of 0.5 ms" in detail(found, "host-to-device (pinned)")
 
 
 def test_classes_share_the_busy_time_by_their_durations(timeline, h200):
@@ -67,38 +94,152 @@ def test_classes_share_the_busy_time_by_their_durations(timeline, h200):
     timeline.kernel("a", launch=1, start=0, dur=1000)
     rows = [gemm(1e12, moved=1e6, time_ns=600.0), gemm(0.0, moved=1e9, time_ns=300.0), gemm(None, time_ns=100.0)]
     found = build(timeline.trace(), 1.0, h200, rows)
-    assert parts(found) == pytest.approx({**dict.fromkeys(PARTS, 0.0), "compute-bound": 0.6, "memory-bound": 0.3, "other": 0.1})
+    assert parts(found) == only(tensor=0.6, memory=0.3, other=0.1)
+    assert "10% of the kernel time has no known count" in detail(found, "tensor-core compute")
 
 
-def test_a_pageable_copy_costs_the_whole_call_that_blocks(timeline, h200):
+def test_a_pageable_copy_costs_its_transfer_and_apart_from_it_the_call_that_blocks(timeline, h200):
     timeline.step(0, 1000)
     timeline.copy("h2d", "Pageable", launch=0, call=600, start=500, dur=100, size=4 << 20)
     timeline.kernel("gemm", launch=610, start=620, dur=200)
     timeline.copy("d2h", "Pageable", launch=640, call=260, start=820, dur=30, size=1 << 20)
+    timeline.sync("cudaDeviceSynchronize", 900, 100)
     found = build(timeline.trace(), 0.9, h200, [COMPUTE])
-    shown = parts(found)
-    assert shown["host-to-device"] == pytest.approx(0.6)
-    assert shown["compute-bound"] == pytest.approx(0.2)
-    assert shown["device-to-host"] == pytest.approx(0.03 + 0.05)
-    assert shown["launch gaps"] == pytest.approx(0.02)
-    assert "pageable" in next(p.detail for p in found.parts if p.name == "host-to-device")
+    assert parts(found) == only(
+        pageable=0.1, calls=0.5 + 0.05, tensor=0.2, d2h=0.03, launch=0.01, python=0.01
+    )  # 10 us to the launch, 10 from it to the kernel
+    assert "4.194 MB" in detail(found, "host-to-device (pageable)")
 
 
-def test_graph_kernels_are_busy_time_of_a_known_length_and_unknown_kind(timeline, h200):
+def test_graph_kernels_are_classed_by_their_names_and_the_gaps_between_them_are_nobodys(timeline, h200):
     timeline.step(0, 400)
-    for at in range(3):
-        timeline.kernel("nvjet_hsh", launch=2, start=10 + 100 * at, dur=100, graph=9)
+    for at, name in enumerate(("nvjet_hsh_128x256_64x4_1x2_h_bz_TNT", "my_secret", "triton_red_fused_native_layer_norm_1")):
+        timeline.kernel(name, launch=2, start=10 + 110 * at, dur=100, graph=9)
     trace = timeline.trace()
-    found = build(trace, 0.31, h200, attribute(trace, summarize((), method="")))
-    assert parts(found) == pytest.approx({**dict.fromkeys(PARTS, 0.0), "other": 0.3, "launch gaps": 0.01})
+    found = build(trace, 0.34, h200, attribute(trace, summarize((), method="")))
+    assert parts(found) == only(tensor=0.1, other=0.1, memory=0.1, idle=0.03, launch=0.008, unaccounted=0.002)
+    assert "placed by kernel name" in detail(found, "tensor-core compute")
 
 
 def test_kernels_slower_in_the_trace_than_the_wall_are_scaled_and_said_to_be(timeline, h200):
     timeline.step(0, 1000)
     timeline.kernel("gemm", launch=1, start=0, dur=1000)
     found = build(timeline.trace(), 0.8, h200, [COMPUTE])
-    assert parts(found)["compute-bound"] == pytest.approx(0.8)
+    assert parts(found)["tensor-core compute"] == pytest.approx(0.8)
     assert "scaled by 0.800" in found.method
+
+
+def test_a_wait_in_the_call_costs_the_idle_time_after_it_less_a_usual_gap(timeline, h200):
+    timeline.step(0, 2000)
+    for at in range(4):  # a queue: launched early, run back to back with 2 us between
+        timeline.kernel("gemm", launch=1 + 4 * at, start=20 + 102 * at, dur=100)
+    timeline.sync("cudaStreamSynchronize", 30, 410)  # the device falls idle at 426, the host wakes at 440
+    for at in range(4):
+        timeline.kernel("gemm", launch=520 + 4 * at, start=526 + 102 * at, dur=100)
+    timeline.sync("cudaDeviceSynchronize", 700, 250)
+    found = build(timeline.trace(), 0.93, h200, [COMPUTE])
+    shown = parts(found)
+    assert shown["synchronisation"] == pytest.approx(0.098)  # 100 less the usual 2
+    assert shown["idle"] == pytest.approx(0.012)
+    assert shown["launch gaps"] + shown["python and framework"] == pytest.approx(0.02)
+    assert detail(found, "synchronisation") == "1 waits a call"
+    assert math.isclose(sum(shown.values()), 0.93)
+
+
+def test_python_is_what_the_host_does_outside_any_op(timeline, h200):
+    timeline.step(0, 1000)
+    for at in range(5):
+        timeline.op("aten::mm", 200 * at + 100, 60)
+        timeline.kernel("gemm", launch=200 * at + 150, start=200 * at + 154, dur=46)
+    timeline.sync("cudaDeviceSynchronize", 965, 35)
+    found = build(timeline.trace(), 1.0, h200, [COMPUTE])
+    # Of each 200: 46 busy, 54 from entering the op to the kernel, the rest before it.
+    assert parts(found) == only(tensor=0.23, launch=0.27, python=0.5)
+
+
+def test_regions_of_compiled_code_are_not_ops(timeline, h200):
+    timeline.step(0, 300)
+    timeline.op("Torch-Compiled Region: 0/0", 0, 300)
+    timeline.kernel("triton_poi_fused_add_0", launch=98, start=100, dur=100)
+    timeline.sync("cudaDeviceSynchronize", 110, 190)
+    found = build(timeline.trace(), 0.2, h200, [])
+    assert parts(found) == only(memory=0.1, python=0.098, launch=0.002)
+
+
+def test_a_host_that_runs_ahead_makes_the_head_of_a_traced_call_nobodys_fault(timeline, h200):
+    """The trace starts with an empty queue; a timed loop does not."""
+    timeline.step(0, 1500)
+    timeline.op("aten::mm", 0, 200)
+    for at in range(10):
+        timeline.kernel("gemm", launch=100 + 10 * at, start=210 + 103 * at, dur=100)
+    timeline.sync("cudaDeviceSynchronize", 220, 1280)
+    found = build(timeline.trace(), 1.05, h200, [COMPUTE])
+    assert parts(found) == only(tensor=1.0, idle=0.03, unaccounted=0.02)
+    assert "runs ahead" in found.method
+
+
+def test_passes_that_change_no_value_are_avoidable(timeline, h200):
+    timeline.step(0, 1000)
+    timeline.op("aten::copy_", 0, 5, [[8, 8], [8, 8]])
+    timeline.kernel("void cudnn::ops::nchwToNhwcKernel<__half>", launch=1, start=10, dur=100)
+    timeline.kernel("void at::native::vectorized_elementwise_kernel<4, bfloat16_copy_kernel_cuda>", launch=6, start=110, dur=50)
+    timeline.kernel("gemm", launch=7, start=160, dur=300)
+    found = build(timeline.trace(), 0.45, h200, [COMPUTE])
+    assert parts(found) == only(layout=0.1, casts=0.05, tensor=0.3)
+    assert detail(found, "avoidable: layout") == "1 passes a call"
+
+
+def test_a_copy_is_a_cast_a_layout_change_or_a_write_by_the_op_that_made_it(timeline, h200):
+    timeline.step(0, 1000)
+    elementwise = "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>"
+    timeline.op("aten::to", 0, 10)
+    timeline.op("aten::copy_", 1, 5, [[8, 8], [8, 8]], dtypes=["float", "c10::Half"])
+    timeline.kernel(elementwise, launch=2, start=20, dur=10)
+    timeline.op("aten::contiguous", 12, 10)
+    timeline.op("aten::copy_", 13, 5, [[8, 8], [8, 8]])
+    timeline.kernel(elementwise, launch=14, start=30, dur=20)
+    timeline.op("aten::copy_", 25, 5, [[8, 8], [8, 8]])  # into a cache
+    timeline.kernel(elementwise, launch=26, start=50, dur=40)
+    assert parts(build(timeline.trace(), 0.07, h200, [])) == only(casts=0.01, layout=0.02, memory=0.04)
+
+
+def test_of_a_run_of_passes_over_the_same_elements_one_stays(timeline, h200):
+    def add(at, dur, shape, name="vectorized_elementwise_kernel<CUDAFunctor_add>"):
+        timeline.op("aten::add", at, 5, [shape, shape])
+        timeline.kernel(name, launch=at + 1, start=1000 + at * 10, dur=dur)
+
+    timeline.step(0, 5000)
+    add(0, 10, [64, 64])
+    add(10, 30, [64, 64])  # the longest stays
+    add(20, 20, [64, 64])
+    add(30, 7, [8, 8])  # over other elements: a run of its own, and lone
+    timeline.kernel("gemm", launch=41, start=1400, dur=100)
+    add(60, 11, [64, 64])  # beside a norm, which could do it
+    timeline.op("aten::native_layer_norm", 70, 5, [[64, 64], [64], [64]])
+    timeline.kernel("vectorized_layer_norm_kernel", launch=71, start=1700, dur=40)
+    timeline.kernel("gemm", launch=81, start=1800, dur=100)
+    add(90, 13, [64, 64])  # between two products: stays
+    timeline.kernel("gemm", launch=101, start=2000, dur=100)
+    found = build(timeline.trace(), 0.431, h200, [COMPUTE])
+    assert parts(found) == only(unfused=0.010 + 0.020 + 0.011, memory=0.030 + 0.007 + 0.040 + 0.013, tensor=0.3)
+
+
+def test_what_a_compiler_fused_is_not_called_unfused(timeline, h200):
+    timeline.step(0, 1000)
+    timeline.kernel("triton_poi_fused_add_0", launch=1, start=10, dur=100)
+    timeline.kernel("triton_poi_fused_mul_1", launch=2, start=110, dur=100)
+    assert parts(build(timeline.trace(), 0.2, h200, [])) == only(memory=0.2)
+
+
+def test_a_kernel_that_serves_two_ops_is_divided_by_their_times(timeline, h200):
+    timeline.step(0, 1000)
+    timeline.kernel("nvjet_hsh_x", launch=1, start=0, dur=400)
+    timeline.kernel("nvjet_hsh_x", launch=2, start=400, dur=100)
+    rows = [
+        OpRecord(op="aten.mm", module="a", dtype="float16", flops=1e12, bytes=1e6, time_ns=400e3, kernels=("nvjet_hsh_x",)),
+        OpRecord(op="aten.mm", module="b", dtype="float16", flops=1e6, bytes=1e6, time_ns=100e3, kernels=("nvjet_hsh_x",)),
+    ]
+    assert parts(build(timeline.trace(), 0.5, h200, rows)) == only(tensor=0.4, memory=0.1)
 
 
 def test_times_are_means_over_the_steps_and_warm_up_is_left_out(timeline, h200):
@@ -107,7 +248,7 @@ def test_times_are_means_over_the_steps_and_warm_up_is_left_out(timeline, h200):
         timeline.step(start, 500)
         timeline.kernel("gemm", launch=start + 1, start=start + 50, dur=dur)
     found = build(timeline.trace(), 0.2, h200, [COMPUTE])
-    assert parts(found)["compute-bound"] == pytest.approx(0.2)
+    assert parts(found)["tensor-core compute"] == pytest.approx(0.2)
     assert "1 device events lay outside" in found.method
 
 
@@ -115,7 +256,7 @@ def test_on_a_cpu_the_profilers_time_is_taken_from_the_framework_first(timeline)
     timeline.step(0, 1000)
     timeline.op("aten::mm", 100, 400, [[2, 4], [4, 8]])
     found = build(timeline.trace("cpu"), 0.5, Ceilings(), [gemm(128.0, time_ns=400e3)])
-    assert parts(found) == pytest.approx({**dict.fromkeys(PARTS, 0.0), "other": 0.4, "launch gaps": 0.1})
+    assert parts(found) == only(other=0.4, python=0.1)
     assert "tracing took 0.5 ms" in found.method
 
 
@@ -123,7 +264,7 @@ def test_on_a_cpu_ops_longer_than_the_wall_are_scaled_and_said_to_be(timeline):
     timeline.step(0, 1000)
     timeline.op("aten::mm", 100, 800, [[2, 4], [4, 8]])
     found = build(timeline.trace("cpu"), 0.4, Ceilings(), [gemm(128.0, time_ns=800e3)])
-    assert parts(found) == pytest.approx({**dict.fromkeys(PARTS, 0.0), "other": 0.4})
+    assert parts(found) == only(other=0.4)
     assert "scaled by 0.500" in found.method
 
 
@@ -132,23 +273,39 @@ def test_views_and_dispatch_are_the_frameworks_time(timeline):
     timeline.op("aten::linear", 0, 1000)
     rows = [gemm(0.0, moved=0.0, time_ns=400.0, op="aten.linear"), gemm(0.0, moved=1e6, time_ns=600.0)]
     shown = parts(build(timeline.trace("cpu"), 1.0, Ceilings(), rows))
-    assert (shown["launch gaps"], shown["memory-bound"]) == pytest.approx((0.4, 0.6))
+    assert (shown["python and framework"], shown["memory-bound"]) == pytest.approx((0.4, 0.6))
 
 
 @pytest.mark.parametrize(
     "record, expected",
     [
-        (COMPUTE, "compute-bound"),
-        (MEMORY, "memory-bound"),
-        (UNKNOWN, "other"),
-        (gemm(1e6, moved=1e6), "memory-bound"),  # intensity 1: below any ridge
-        (gemm(1e12, dtype="int32"), "other"),  # no ceiling known
-        (gemm(0.0, moved=None), "memory-bound"),
+        (COMPUTE, "compute"),
+        (MEMORY, "memory"),
+        (UNKNOWN, "unknown"),
+        (gemm(1e6, moved=1e6), "memory"),  # intensity 1: below any ridge
+        (gemm(1e12, dtype="int32"), "unknown"),  # no ceiling known
+        (gemm(0.0, moved=None), "memory"),
         (gemm(0.0, moved=0.0), "overhead"),
     ],
 )
 def test_a_record_is_classed_by_the_larger_of_its_floors(record, expected, h200):
     assert bound_class(record, h200) == expected
+
+
+def test_on_a_cpu_casts_copies_and_repeated_passes_are_told_apart(timeline, h200):
+    timeline.step(0, 100)
+    timeline.op("aten::relu", 0, 10, [[64]])
+    timeline.op("aten::add", 10, 30, [[64], [64]])
+    rows = [
+        gemm(0.0, moved=1e6, time_ns=10e3, op="aten.relu"),
+        gemm(0.0, moved=1e6, time_ns=30e3, op="aten.add"),
+        gemm(0.0, moved=1e6, time_ns=20e3, op="aten._to_copy"),
+        gemm(0.0, moved=1e6, time_ns=40e3, op="aten.clone"),
+    ]
+    timeline.op("aten::_to_copy", 40, 20, [[64]])
+    timeline.op("aten::clone", 60, 40, [[64]])
+    found = build(timeline.trace("cpu"), 0.1, h200, rows)
+    assert parts(found) == only(unfused=0.010, memory=0.030, casts=0.02, layout=0.04)
 
 
 def test_a_trace_without_steps_leaves_everything_unaccounted(timeline, h200):
@@ -165,11 +322,12 @@ span = st.tuples(st.integers(0, 2000), st.integers(0, 600), st.integers(7, 9))
     copies=st.lists(
         st.tuples(st.sampled_from(["h2d", "d2h", "d2d"]), st.sampled_from(["Pageable", "Pinned"]), span, st.integers(0, 500)), max_size=6
     ),
+    syncs=st.lists(span, max_size=4),
     steps=st.lists(st.integers(1, 700), min_size=1, max_size=4),
     wall_us=st.floats(0.5, 5000),
     times=st.lists(st.tuples(st.sampled_from([COMPUTE, MEMORY, UNKNOWN]), st.integers(0, 1000)), max_size=5),
 )
-def test_parts_are_never_negative_and_always_sum_to_the_wall(new_timeline, h200, kernels, copies, steps, wall_us, times):
+def test_parts_are_never_negative_and_always_sum_to_the_wall(new_timeline, h200, kernels, copies, syncs, steps, wall_us, times):
     line = new_timeline()
     start = 0
     for dur in steps:
@@ -177,7 +335,9 @@ def test_parts_are_never_negative_and_always_sum_to_the_wall(new_timeline, h200,
         line.op("aten::mm", start, dur / 2)
         start += dur + 1
     for at, dur, stream in kernels:
-        line.kernel("k", launch=at, start=at + 5, dur=dur, stream=stream)
+        line.kernel("elementwise" if dur % 2 else "k", launch=at, start=at + 5, dur=dur, stream=stream, graph=dur % 3)
+    for at, dur, _ in syncs:
+        line.sync("cudaStreamSynchronize", at, dur)
     for kind, memory, (at, dur, stream), call in copies:
         line.copy(kind, memory, launch=at, call=call, start=at + 3, dur=dur, size=1024, stream=stream)
     rows = [gemm(r.flops, moved=r.bytes, op=r.op, time_ns=float(t)) for r, t in times]

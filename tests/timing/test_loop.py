@@ -67,11 +67,17 @@ def test_a_call_slower_than_the_whole_warm_up_is_called_a_few_times_only() -> No
 
 @pytest.mark.parametrize(("call_ns", "expected"), [(MS, 50), (20 * MS, 10), (200 * MS, 10), (40_000, 1250)])
 def test_a_block_lasts_50_ms_and_ten_calls(call_ns: int, expected: int) -> None:
-    found = loop.block(nothing, clocks.FakeClock([call_ns]), SPEC)
+    found = loop.block(nothing, clocks.FakeClock([call_ns]), replace(SPEC, max_time_s=20.0))
     assert expected <= len(found.samples_ns) <= expected * 1.05
     assert found.block_sizes == (len(found.samples_ns),)
     assert found.wall_ns == sum(found.samples_ns) >= 50 * MS
     assert len(found.warmup_ns) == (loop.PILOT_CALLS if call_ns < 50 * MS else 1)
+
+
+def test_a_block_of_slow_calls_leaves_room_for_as_many_blocks_as_a_verdict_needs() -> None:
+    found = loop.block(nothing, clocks.FakeClock([100 * MS]), replace(SPEC, max_time_s=2.0))
+    assert len(found.samples_ns) == 3  # six blocks of three calls fit two seconds
+    assert len(loop.block(nothing, clocks.FakeClock([9000 * MS]), replace(SPEC, max_time_s=2.0)).samples_ns) == 1
 
 
 def test_a_block_is_long_enough_even_when_its_pilot_was_slow() -> None:

@@ -1,0 +1,97 @@
+"""GPU205: the same tensors are cast to another dtype in every call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gpuopt.core import units
+from gpuopt.core.result import Finding
+from gpuopt.core.spec import Change, Precision
+from gpuopt.core.trace import CpuOp, Kernel, Trace
+from gpuopt.doctor import kernels, modules, timeline
+from gpuopt.doctor.evidence import Evidence
+from gpuopt.doctor.price import priced
+from gpuopt.doctor.recast import shown_ms
+from gpuopt.doctor.rule import Rule
+
+CASTS = frozenset(
+    {"aten::to", "aten::_to_copy", "aten::type_as", "aten::half", "aten::bfloat16", "aten::float", "aten::_autocast_to_reduced_precision"}
+)
+MIN_SHARE = 0.03
+"""Of the call: a few casts around a norm kept in fp32 are meant."""
+MIN_WEIGHTS = 4
+"""So many casts of tensors with parameters' shapes: one may be an activation that happens to have such a shape."""
+
+
+def find(evidence: Evidence) -> Iterator[Finding]:
+    """One finding for weights cast again, one for the other casts: priced at their kernels' time, and no more than the host lets show."""
+    trace = evidence.trace
+    assert trace is not None
+    steps = timeline.num_steps(trace)
+    span_ms = evidence.wall_ms or sum(s.dur_ns for s in trace.steps) / steps / 1e6
+    shapes = (
+        {tuple(h.tensor.shape) for h in modules.tensors(evidence.module) if h.kind == "parameter" and h.tensor.dim() >= 2}
+        if evidence.module is not None
+        else set()
+    )
+    weights: list[Kernel] = []
+    others: list[Kernel] = []
+    for kernel in trace.kernels:
+        if kernel.step is None or kernels.kind(kernel.name) != "cast":
+            continue
+        cast = _cast(trace, kernel.op)
+        is_weight = cast is not None and bool(cast.shapes) and (cast.shapes[0] in shapes or cast.shapes[0][::-1] in shapes)
+        (weights if is_weight else others).append(kernel)
+    if len(weights) < MIN_WEIGHTS * steps:
+        weights, others = [], weights + others
+    for group, is_weight in ((weights, True), (others, False)):
+        time_ms = sum(k.dur_ns for k in group) / steps / 1e6
+        if not group or not time_ms or time_ms < MIN_SHARE * span_ms:
+            continue
+        target = _target(group)
+        share = units.format_fraction(min(1.0, time_ms / span_ms))
+        where = list(dict.fromkeys(m for k in group if (m := timeline.module_of(trace, k.op))))
+        finding = Finding(
+            code="",
+            severity="info",
+            message=f"{len(group) / steps:.3g} {'weights' if is_weight else 'tensors'} a call are cast{f' to {target.dtype}' if target else ''}: {time_ms:.3g} ms, {share} of the call"
+            + (f", in {modules.listed(where)}" if where else ""),
+            fix=f"cast the weights once instead of autocast: model.{'bfloat16' if target == Precision.BF16 else 'half'}()"
+            if is_weight
+            else "keep one dtype from layer to layer: make the inputs, masks and buffers in the dtype of the weights, and torch.compile what must change",
+            module=where[0] if len(where) == 1 else None,
+            op="aten::_to_copy",
+            count=max(1, round(len(group) / steps)),
+            time_ms=time_ms,
+            change=Change(precision=target) if is_weight and target is not None and evidence.precision is None else None,
+        )
+        yield priced(
+            finding, shown_ms(evidence, time_ms), low=0.7 if is_weight else 0.5, high=1.05 if is_weight else 1.0, wall_ms=evidence.wall_ms
+        )
+
+
+def _cast(trace: Trace, op: int | None) -> CpuOp | None:
+    """The innermost conversion with shapes around it."""
+    return next((o for o in trace.chain(op) if o.name in CASTS and o.shapes), None)
+
+
+def _target(group: list[Kernel]) -> Precision | None:
+    """What the casts turn into, where the longest kernel's name says it."""
+    name = max(group, key=lambda k: k.dur_ns).name
+    if "bfloat16_copy" in name:
+        return Precision.BF16
+    return Precision.FP16 if "float16_copy" in name else None
+
+
+RULE = Rule(
+    code="GPU205",
+    name="cast-churn",
+    what="Tensors, often the weights under autocast, are converted to another dtype in every call.",
+    why="A cast reads and writes the whole tensor and is a launch of its own; weights cast once need none of it.",
+    before="with torch.autocast('cuda'):\n    y = model(x)",
+    after="model = model.half()\ny = model(x.half())",
+    safe=False,
+    needs=frozenset({"trace"}),
+    find=find,
+    source="kernel times in the trace",
+)

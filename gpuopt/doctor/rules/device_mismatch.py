@@ -1,0 +1,93 @@
+"""GPU701: forward() met tensors on different devices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from gpuopt.core.result import Finding
+from gpuopt.doctor import failure, frames
+from gpuopt.doctor.evidence import Evidence
+from gpuopt.doctor.rule import Rule
+
+
+def find(evidence: Evidence) -> Iterator[Finding]:
+    """One finding: the module, the tensors that lie elsewhere than the model's parameters, and how each gets there."""
+    error = evidence.failure
+    if error is None or failure.kind(error) != "device":
+        return
+    failed = failure.locate(evidence.module, evidence.inputs, error)
+    if failed is None:
+        yield Finding(
+            code="",
+            severity="error",
+            message=f"forward() raised: {failure.first_line(error)}",
+            fix="bring the model and every input to one device: model.to('cuda'), x.to('cuda')",
+        )
+        return
+    home = failed.usual("device") or (evidence.device.id if evidence.device is not None else "cuda:0")
+
+    def is_stray(tensor: failure.Seen) -> bool:
+        # A tensor of one number may stay on the CPU: torch allows it.
+        return tensor.device != home and not (tensor.device == "cpu" and bool(tensor.dtype) and not tensor.shape)
+
+    strays = list(dict.fromkeys(t.cause(is_stray) for t in failed.tensors if is_stray(t)))
+    if not strays:  # what the frames hold is not what was compared: the exception alone knows the devices
+        home = next(iter(re.findall(r"cuda:\d+", str(error))), home)
+    shown = "; ".join(t.text for t in strays[:3]) or failure.first_line(error)
+    yield Finding(
+        code="",
+        severity="error",
+        message=f"{failed.where} needs its tensors on one device, the model is on {home}, and elsewhere: {shown}",
+        fix="; ".join(dict.fromkeys(_fix(t, home, failed) for t in strays[:3]))
+        or f"bring every tensor of {failed.code or 'that line'} to {home}",
+        module=failed.module_name,
+        line=failed.line,
+        op=failed.code or None,
+        count=len(strays) or None,
+    )
+
+
+def _fix(tensor: failure.Seen, home: str, failed: failure.Failed) -> str:
+    owner, _, leaf = tensor.name.rpartition(".")
+    if tensor.kind == "input":
+        if home == "cpu" and tensor.device.startswith("cuda"):
+            return f"model.to('{tensor.device}'): its parameters are still on the CPU"
+        return f"{tensor.name} = {tensor.name}.to('{home}') before the call"
+    if tensor.kind in ("parameter", "buffer"):
+        return f"model.to('{home}') after everything is set: {owner or tensor.name} was left on {tensor.device}"
+    if tensor.kind == "attribute":
+        return (
+            f"in __init__ of {_class(failed, owner)}: self.register_buffer('{leaf.partition('[')[0]}', …, persistent=False), "
+            f"so that model.to() moves it"
+        )
+    made = frames.factory(tensor.made_by or "")
+    if made is not None:
+        at = f" at {tensor.made_at}" if tensor.made_at else f" at {failed.line}" if failed.line else ""
+        return f"torch.{made}(…, device={_sibling(tensor, failed, home)}){at}"
+    return f"{tensor.name}.to('{home}')" + (f" where it is made, {tensor.made_at}" if tensor.made_at else "")
+
+
+def _sibling(tensor: failure.Seen, failed: failure.Failed, home: str) -> str:
+    """`x.device` of a named tensor of the same expression that is in the right place."""
+    near = next((t.name for t in failed.tensors if t.device == home and t.kind in ("input", "value") and t.name.isidentifier()), None)
+    return f"{near}.device" if near else f"'{home}'"
+
+
+def _class(failed: failure.Failed, owner: str) -> str:
+    modules = dict(failed.root.named_modules()) if failed.root is not None else {}
+    return type(modules[owner]).__name__ if owner in modules else failed.module_class
+
+
+RULE = Rule(
+    code="GPU701",
+    name="device-mismatch",
+    what="forward() failed because its tensors lie on different devices.",
+    why="A kernel reads one device's memory. model.to() moves parameters and registered buffers alone: inputs, plain attributes and tensors made in forward() stay where they are.",
+    before="self.scale = torch.ones(d)  # stays on the CPU",
+    after="self.register_buffer('scale', torch.ones(d), persistent=False)",
+    safe=False,
+    needs=frozenset({"failure"}),
+    find=find,
+    source="the exception, its traceback and the tensors in its frames",
+)

@@ -1,0 +1,72 @@
+"""GPU110: the GPU waits for the next batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gpuopt.core import units
+from gpuopt.core.result import Finding
+from gpuopt.doctor import timeline
+from gpuopt.doctor.evidence import Evidence
+from gpuopt.doctor.price import priced
+from gpuopt.doctor.rule import Rule
+
+LOADER = "enumerate(DataLoader)"
+"""torch.utils.data names each fetch `enumerate(DataLoader)#<iterator class>.__next__`."""
+MIN_SHARE = 0.05
+"""Of the call: where torch_tb_profiler began to warn of the data loader."""
+
+
+def find(evidence: Evidence) -> Iterator[Finding]:
+    """One finding: the device's idle time while a loader is asked for a batch."""
+    trace = evidence.trace
+    assert trace is not None
+    asked = [op for op in trace.ops if LOADER in op.name and not any(LOADER in o.name for o in trace.chain(op.parent))]
+    if not asked or not trace.on_device:
+        return
+    spans = sorted(
+        [(k.start_ns, k.start_ns + k.dur_ns) for k in trace.kernels] + [(c.start_ns, c.start_ns + c.dur_ns) for c in trace.copies]
+    )
+    steps = timeline.num_steps(trace)
+    idle_ns, at = 0, 0
+    for op in sorted(asked, key=lambda o: o.start_ns):
+        point, end = op.start_ns, op.start_ns + op.dur_ns
+        while at < len(spans) and spans[at][1] <= point:
+            at += 1
+        inner = at
+        while inner < len(spans) and spans[inner][0] < end:
+            idle_ns += max(0, spans[inner][0] - point)
+            point = max(point, spans[inner][1])
+            inner += 1
+        idle_ns += max(0, end - point)
+    idle_ms = idle_ns / steps / 1e6
+    span_ms = (evidence.wall_ms or 0.0) or sum(s.dur_ns for s in trace.steps) / steps / 1e6
+    if not span_ms or idle_ms < MIN_SHARE * span_ms:
+        return
+    is_alone = any("SingleProcess" in op.name for op in asked)
+    finding = Finding(
+        code="",
+        severity="info",
+        message=f"the GPU idles {idle_ms:.3g} ms a call ({units.format_fraction(min(1.0, idle_ms / span_ms))}) while the data loader makes the next batch"
+        + (", in this process" if is_alone else ""),
+        fix="DataLoader(num_workers=8, pin_memory=True, persistent_workers=True, prefetch_factor=4)"
+        + ("" if is_alone else "; it has workers already: more of them, or decode and augment on the GPU"),
+        op=asked[0].name,
+        count=max(1, round(len(asked) / steps)),
+        time_ms=idle_ms,
+    )
+    yield priced(finding, idle_ms, low=0.6, high=1.0, wall_ms=span_ms)
+
+
+RULE = Rule(
+    code="GPU110",
+    name="input-pipeline-bound",
+    what="The GPU idles while the host prepares the next batch.",
+    why="Decoding and augmenting on one core takes longer than the model does on the GPU, and nothing of it overlaps.",
+    before="loader = DataLoader(data, batch_size=64)",
+    after="loader = DataLoader(data, batch_size=64, num_workers=8, pin_memory=True, persistent_workers=True)",
+    safe=False,
+    needs=frozenset({"trace"}),
+    find=find,
+    source="torch_tb_profiler 0.4.3 warns above 5% of a step",
+)
