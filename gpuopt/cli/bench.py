@@ -71,7 +71,7 @@ def bench(
     )
     job = Job(
         verb="bench",
-        candidates=candidates if backend else r.suited(candidates),
+        candidates=candidates,
         bench=r.bench(
             min_time=min_time, max_time=max_time, pairs=pairs, timeout=timeout, verify=verify, sustained=sustained, build_jobs=build_jobs
         ),

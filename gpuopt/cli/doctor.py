@@ -83,7 +83,7 @@ def doctor(
     )
     job = Job(
         verb="doctor",
-        candidates=candidates if backend or not candidates else r.suited(candidates),
+        candidates=candidates,
         bench=r.bench(min_time=min_time, max_time=max_time, timeout=timeout, verify=verify),
         ignore=configuration.ignored(ignore),
         fix=fix,

@@ -239,7 +239,11 @@ RefreshOpt = Annotated[bool, _option("--refresh", help="Measure again instead of
 FormatOpt = Annotated[
     str,
     _option(
-        "--format", metavar="console|markdown|html|junit|github|csv|jsonl|json", help="What to write.", panel=OUTPUT, show_default=True
+        "--format",
+        metavar="console|markdown|html|svg|perfetto|junit|github|csv|jsonl|json",
+        help="What to write.",
+        panel=OUTPUT,
+        show_default=True,
     ),
 ]
 

@@ -64,7 +64,7 @@ def profile(
     )
     job = Job(
         verb="profile",
-        candidates=candidates if backend else r.suited(candidates),
+        candidates=candidates,
         bench=r.bench(min_time=min_time, max_time=max_time, timeout=timeout, verify=verify),
         depth=depth,
         command=r.command_line(),

@@ -22,7 +22,8 @@ def report(
     top: o.TopOpt = 10,
     by: o.ByOpt = "time",
 ) -> int:
-    """Show a report again, in any format: console, markdown, html, junit, github, csv, jsonl, json.
+    """Show a report again, in any format: console, markdown, html (one file with its pictures, opens offline), svg (the roofline), perfetto (a
+    timeline for ui.perfetto.dev), junit, github, csv, jsonl, json.
 
     Everything a command showed can be made again from what --json wrote. With --format github inside a GitHub job, the step summary gets the
     Markdown as well.

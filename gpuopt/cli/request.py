@@ -11,11 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from gpuopt.core import units
-from gpuopt.core.errors import GpuoptError, UsageError
-from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, DimSpec, Gates, InputSpec, Job, ModelRef, TensorSpec, Tolerance, Transforms
+from gpuopt.core.errors import UsageError
+from gpuopt.core.spec import BackendSpec, BenchSpec, DimSpec, Gates, InputSpec, Job, ModelRef, TensorSpec, Tolerance, Transforms
 from gpuopt.pipeline import recipe
 from gpuopt.reports.figures import clean
-from gpuopt.trust.policy import Format, classify
 
 
 def command_line() -> str:
@@ -72,18 +71,6 @@ def backends(texts: Sequence[str] | None, *, preset: str | None, option: Sequenc
         )
     spec = specs[0] if specs else BackendSpec()
     return (replace(spec, preset=preset or spec.preset, options={**spec.options, **dict(_option(text) for text in option or ())}),)
-
-
-def suited(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """For a command line without --backend: an ONNX file has no eager form, so it runs in ONNX Runtime. Every other model stays as it is."""
-    return tuple(replace(c, backend=replace(c.backend, name="ort")) if _is_onnx(c.model.text) else c for c in candidates)
-
-
-def _is_onnx(text: str) -> bool:
-    try:
-        return classify(text) is Format.ONNX
-    except GpuoptError:  # a factory, hf:ID, or what its loader will refuse with the reason
-        return False
 
 
 def _option(text: str) -> tuple[str, Any]:

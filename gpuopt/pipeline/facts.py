@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gpuopt.core.result import Accuracy, Bounds, Count, Device, Environment, Finding, ModuleRow, PrecisionAudit, RooflinePoint, Samples, Useful, Waterfall
+from gpuopt.core.result import (
+    Accuracy,
+    Bounds,
+    Count,
+    Device,
+    Environment,
+    Finding,
+    ModuleRow,
+    PrecisionAudit,
+    RooflinePoint,
+    Samples,
+    Useful,
+    Waterfall,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,7 +84,6 @@ def counted(run: Run, count: Count | None) -> Run:
         flop_source=count.method,
         bytes=count.bytes,
         unknown_ops=count.unknown_ops,
-        notes=(*run.notes, *count.notes),
     )
 
 
@@ -125,6 +124,8 @@ def measured(run: Run, found: facts.Measured, device: Device, count: Count | Non
     )
     if not samples.steady:
         run = replace(run, notes=(*run.notes, "warm-up ended before two windows agreed: the machine is noisy, or the model's times drift"))
+    if count is not None:
+        run = replace(run, notes=(*run.notes, *count.notes))  # how it was counted is about rates: without times there are none
     if count is not None and count.flops:
         count = as_run(count, run)
         rate = roofline.whole(count, seconds, device.ceilings, slack=slack(device))

@@ -648,6 +648,8 @@ def _loaded(seat: Seat, verb: str) -> Run:
     found = seat.ask("load", facts.Loaded, candidate=seat.candidate)
     if found.form == "bundle" and verb in ("compile", "convert"):
         raise UsageError(f"{found.name} is a bundle, built for {found.bundle_backend} already", fix=f"{verb} the model it was built from")
+    if found.form == "onnx" and verb == "convert":
+        raise Unsupported(f"{found.name} is an ONNX file, and convert changes PyTorch models", fix="convert the model it was exported from")
     return figures.loaded(seat.run, found)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpuopt.core import units
-from gpuopt.core.errors import ResourceError, UsageError
+from gpuopt.core.errors import GpuoptError, ResourceError, UsageError
 from gpuopt.core.spec import (
     BackendSpec,
     BenchSpec,
@@ -27,7 +27,7 @@ from gpuopt.core.spec import (
     Tolerance,
     Transforms,
 )
-from gpuopt.trust.policy import printable
+from gpuopt.trust.policy import Format, classify, printable
 
 VERBS = ("profile", "bench", "convert", "compile", "backends", "device")
 INPUT_MODES = ("device", "host")
@@ -259,7 +259,9 @@ def expand(
         dict(zip((dim.name for dim in inputs.dims), values, strict=True))
         for values in itertools.product(*(dim.values for dim in inputs.dims))
     ]
-    axes: tuple[Sequence[Any], ...] = (sizes, input_modes or ("device",), models, precisions or (None,), backends or (BackendSpec(),))
+    axes: tuple[Sequence[Any], ...] = (sizes, input_modes or ("device",), models, precisions or (None,), backends or (None,))
+    # An ONNX file has no eager form: unasked, it runs in ONNX Runtime.
+    own = {model.text: BackendSpec(name="ort" if _is_onnx(model.text) else "eager") for model in models}
     total = 1
     for axis in axes:
         total *= len(axis)
@@ -269,7 +271,7 @@ def expand(
         Candidate(
             model=model,
             inputs=inputs,
-            backend=backend,
+            backend=backend or own[model.text],
             precision=chosen,
             transforms=transforms or Transforms(),
             dims=dims,
@@ -283,6 +285,13 @@ def expand(
         if candidate not in unique:
             unique.append(candidate)
     return tuple(unique)
+
+
+def _is_onnx(text: str) -> bool:
+    try:
+        return classify(text) is Format.ONNX
+    except GpuoptError:  # a factory, hf:ID, or what its loader will refuse with the reason
+        return False
 
 
 def dims_of(batches: Iterable[int], dims: Iterable[DimSpec]) -> tuple[DimSpec, ...]:

@@ -11,6 +11,8 @@ FORMATS = {
     "junit": "gpuopt.reports.junit:render",
     "github": "gpuopt.reports.github:render",
     "csv": "gpuopt.reports.csv:render",
+    "svg": "gpuopt.reports.svg:render",
+    "perfetto": "gpuopt.reports.perfetto:render",
 }
 
 WITH_VIEW = frozenset({"console", "markdown", "html"})

@@ -1,167 +1,301 @@
-"""Report -> one self-contained HTML page: roofline plot, waterfall, tables. No script, no external resource."""
+"""Report -> one HTML file that opens offline: pictures to explore, and the same figures as tables for paper, screen readers and browsers without script.
+
+Everything that comes from a model, a file or a child is hostile: the template escapes it, the data of the pictures stand in a JSON block that nothing can end early,
+and the policy in the head lets nothing run, load or be sent but the scripts and the style written here, each by its digest.
+"""
 
 from __future__ import annotations
 
-from html import escape
+import base64
+import functools
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
 
-from gpuopt.core.result import Report
-from gpuopt.reports.content.blocks import Bars, Block, Cell, Facts, Message, Messages, Roofline, Steps, Table, View
+import jinja2
+from markupsafe import Markup
+
+from gpuopt.core.result import Report, Run, Status
+from gpuopt.reports import batches, plots, roofline, strips
+from gpuopt.reports import figures as f
+from gpuopt.reports.content import naming
+from gpuopt.reports.content.blocks import Bars, Block, Cell, Facts, Messages, Page, Roofline, Steps, Table, View
 from gpuopt.reports.page import page
-from gpuopt.reports.plots import TONES, roofline
+from gpuopt.reports.scene import profiled, scene, to_script
 
-_STYLE = """
-:root{--bg:#fff;--fg:#1b1f24;--dim:#656d76;--line:#d8dee4;--soft:#f6f8fa;--good:#1a7f37;--warn:#9a6700;--bad:#cf222e;--link:#0969da}
-@media (prefers-color-scheme:dark){:root{--bg:#0d1117;--fg:#e6edf3;--dim:#8d96a0;--line:#30363d;--soft:#161b22;--good:#3fb950;--warn:#d29922;--bad:#f85149;--link:#4493f8}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif}
-main{max-width:1320px;margin:0 auto;padding:32px 24px 64px}
-h1{font-size:24px;margin:0 0 4px}
-h2{font-size:17px;margin:36px 0 10px}
-h2 small{font-weight:400;color:var(--dim);margin-left:10px;font-size:14px}
-code{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,monospace;background:var(--soft);padding:1px 5px;border-radius:4px;overflow-wrap:anywhere}
-.command{color:var(--dim)}
-.answer{margin:22px 0 0;padding:0;list-style:none;border-left:4px solid var(--line)}
-.answer li{padding:5px 16px}
-.answer li:first-child{font-size:19px}
-ul.told{margin:0;padding:0;list-style:none}
-ul.told li{padding:6px 0;border-top:1px solid var(--line)}
-.fix{display:block;color:var(--dim)}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:14px}
-th{font-weight:500;color:var(--dim);text-align:left;white-space:nowrap}
-th,td{padding:6px 15px 6px 0;border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}
-td.long{white-space:normal;min-width:220px}
-td.tree{white-space:pre;font-family:ui-monospace,Menlo,monospace;font-size:13px}
-.r{text-align:right;white-space:nowrap}
-.good{color:var(--good)}.warn,.warning{color:var(--warn)}.bad,.error{color:var(--bad)}.dim{color:var(--dim)}.strong{font-weight:650}
-.error>b,.bad{font-weight:650}
-.meter{display:inline-block;width:64px;height:8px;margin-right:8px;background:var(--line);border-radius:4px;overflow:hidden;vertical-align:middle}
-.meter i{display:block;height:100%;background:#3987e5}
-.note{color:var(--dim);font-size:13px;margin:6px 0 0}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 20px;margin:0}
-dt{color:var(--dim)}dd{margin:0}
-.fall{display:grid;grid-template-columns:max-content minmax(160px,1fr) max-content max-content minmax(0,max-content);gap:5px 14px;align-items:center;font-size:14px;font-variant-numeric:tabular-nums}
-.fall .bar{position:relative;height:18px;background:var(--soft);border-radius:3px}
-.fall .bar i{position:absolute;top:0;bottom:0;border-radius:3px;min-width:2px}
-svg text{font:12px system-ui,sans-serif;fill:var(--dim)}
-svg .axis{stroke:var(--line)}
-svg .name{fill:var(--fg);paint-order:stroke;stroke:var(--bg);stroke-width:4px;stroke-linejoin:round}
-svg .roof{fill:none;stroke:var(--fg);stroke-width:2}svg .roof.spec{stroke:var(--dim);stroke-width:1.5;stroke-dasharray:5 4}
-svg circle{stroke:var(--bg);stroke-width:2}
-svg circle:hover{stroke:var(--fg)}
-.key{display:flex;flex-wrap:wrap;gap:4px 18px;color:var(--dim);font-size:13px;margin:6px 0 0}
-.key i{display:inline-block;width:10px;height:10px;border-radius:50%;margin-right:6px}
-footer{margin-top:48px;color:var(--dim);font-size:13px}
-""" + "".join(f".t-{name}{{background:{colour};fill:{colour}}}" for name, colour in TONES.items())
+MAX_ROWS = 250
+"""Rows of a table that stands in the page; what is beyond is said, and lies in the pictures and the JSON."""
+SCRIPTS = ("base", "roofline", "ops", "treemap", "curves", "main")
+"""Files of the page's own script, in the order they need each other."""
 
 
 def render(report: Report, view: View | None = None) -> str:
-    """Everything that comes from a model, a file or a child is escaped; the policy in the head forbids scripts and fetches besides."""
+    """The same report gives the same bytes."""
     shown = page(report, view)
-    parts = [
-        "<!doctype html>",
-        '<html lang="en">',
-        "<head>",
-        '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width,initial-scale=1">',
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-        '<meta name="referrer" content="no-referrer">',
-        f"<title>{escape(shown.title)}</title>",
-        f"<style>{_STYLE}</style>",
-        "</head>",
-        "<body>",
-        "<main>",
-        f"<h1>{escape(shown.title)}</h1>",
-    ]
-    if shown.subtitle:
-        parts.append(f'<p class="command"><code>{escape(shown.subtitle)}</code></p>')
-    if shown.headline:
-        parts.append('<ul class="answer">' + "".join(_message(item) for item in shown.headline) + "</ul>")
-    parts += [_block(block) for block in (*shown.blocks, *shown.next)]
-    parts += [f"<footer>{escape(shown.footer)}</footer>", "</main>", "</body>", "</html>"]
-    return "\n".join(parts) + "\n"
-
-
-def _message(message: Message) -> str:
-    code = f"<b>{escape(message.code)}</b> " if message.code else ""
-    fix = f'<span class="fix">→ {_command(message.fix)}</span>' if message.fix else ""
-    return f'<li><span class="{escape(message.severity)}">{code}{escape(message.text)}</span>{fix}</li>'
-
-
-def _command(text: str) -> str:
-    return f"<code>{escape(text)}</code>" if text.startswith(("gpuopt ", "pip ", "--")) else escape(text)
-
-
-def _block(block: Block) -> str:
-    match block:
-        case Table():
-            return _section(block.title, _table(block), block.notes, block.beside)
-        case Facts():
-            rows = "".join(f"<dt>{escape(name)}</dt><dd>{_cell(cell)}</dd>" for name, cell in block.rows)
-            return _section(block.title, f"<dl>{rows}</dl>", block.notes)
-        case Bars():
-            return _section(block.title, _waterfall(block), block.notes[1:], block.notes[0] if block.notes else "")
-        case Messages():
-            return _section(block.title, '<ul class="told">' + "".join(_message(item) for item in block.items) + "</ul>")
-        case Steps():
-            steps = "".join(
-                f'<li>{escape(why)}<span class="fix"><code>{escape(command)}</code></span></li>' for why, command in block.steps
-            )
-            return _section(block.title, f'<ul class="told">{steps}</ul>')
-        case Roofline():
-            return _section(block.title, roofline(block))
-
-
-def _section(title: str, body: str, notes: tuple[str, ...] = (), beside: str = "") -> str:
-    aside = f"<small>{escape(beside)}</small>" if beside else ""
-    told = "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
-    return f"<section><h2>{escape(title)}{aside}</h2>{body}{told}</section>"
-
-
-def _table(table: Table) -> str:
-    if not table.rows:
-        return ""
-    head = "".join(f"<th{_right(column.right)}>{escape(column.title)}</th>" for column in table.columns)
-    rows = "".join(
-        "<tr>"
-        + "".join(f"<td{_right(column.right, cell)}>{_cell(cell)}</td>" for column, cell in zip(table.columns, row, strict=True))
-        + "</tr>"
-        for row in table.rows
+    data = scene(report)
+    has_pictures = bool(data["rooflines"] or data["trees"] or data["curves"])
+    rooflines = [_fallback(picture) for picture in roofline.pictures(report)]
+    style = _style()
+    runs = [_asset("vendor/d3.min.js"), _script()] if has_pictures else []
+    text = _template().render(
+        policy=_policy(style, runs),
+        title=_title(report),
+        page=shown,
+        device=f.clean(report.device.name, 60) if report.device else "",
+        tiles=_tiles(report),
+        sections=_sections(report, shown),
+        falls=strips.falls(report),
+        fall_notes=_fall_notes(shown),
+        strips=strips.strips(report),
+        findings=strips.findings(report),
+        rooflines=rooflines,
+        roofline_notes=list(dict.fromkeys(note for picture in rooflines for note in picture.notes)),
+        curves=_curve_table(report),
+        style=Markup(style),
+        scripts=[Markup(source) for source in runs],
+        scene=Markup(to_script(data)),
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _right(right: bool, cell: Cell | None = None) -> str:
-    if right:
-        return ' class="r"'
-    if cell is None or not cell.text:
-        return ""
-    return ' class="tree"' if cell.text[0] in "├└│" else ' class="long"' if len(cell.text) > 60 else ""
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gpuopt.reports", "assets"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["share"] = lambda value: strips.percent(value)
+    environment.filters["command"] = lambda text: text.startswith(("gpuopt ", "pip ", "--"))
+    environment.tests["long"] = lambda text: len(text) > 60
+    environment.tests["tree"] = lambda text: text[:1] in ("├", "└", "│")
+    environment.globals["kind"] = lambda block: type(block).__name__
+    return environment.get_template("page.html.j2")
 
 
-def _cell(cell: Cell) -> str:
-    meter = ""
-    if cell.meter is not None:
-        meter = f'<span class="meter"><i style="width:{max(0.0, min(1.0, cell.meter)) * 100:.1f}%"></i></span>'
-    text = escape(cell.text)
-    if cell.tone in ("compute", "memory"):
-        return f'{meter}<span class="dot"><i class="t-{cell.tone}" style="display:inline-block;width:9px;height:9px;border-radius:50%;margin-right:6px"></i>{text}</span>'
-    return meter + (f'<span class="{escape(cell.tone)}">{text}</span>' if cell.tone else text)
+@functools.cache
+def _asset(name: str) -> str:
+    return resources.files("gpuopt.reports").joinpath("assets", *name.split("/")).read_text(encoding="utf-8")
 
 
-def _waterfall(bars: Bars) -> str:
-    start = 0.0
-    rows = []
-    for bar in bars.bars:
-        left, width = max(0.0, min(1.0, start)), max(0.0, min(1.0 - min(1.0, start), bar.share))
-        drawn = f'<i class="t-{escape(bar.tone)}" style="left:{left * 100:.2f}%;width:{width * 100:.2f}%"></i>' if bar.share > 0 else ""
-        rows.append(
-            f'<span>{escape(bar.label)}</span><span class="bar">{drawn}</span><span class="r strong">{escape(bar.value)}</span>'
-            f'<span class="r">{_percent(bar.share)}</span><span class="dim">{escape(bar.detail)}</span>'
+def _script() -> str:
+    body = "\n".join(_asset(f"script/{name}.js") for name in SCRIPTS)
+    return f'(() => {{\n"use strict";\n{body}\n}})();\n'
+
+
+def _style() -> str:
+    colours = "".join(f".t-{name}{{background:{c};fill:{c}}}" for name, c in plots.TONES.items())
+    return _asset("report.css") + colours
+
+
+def _policy(style: str, scripts: Iterable[str]) -> str:
+    allowed = " ".join(f"'{_digest(source)}'" for source in scripts) or "'none'"
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src '{_digest(style)}'; base-uri 'none'; form-action 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+
+
+def _digest(source: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+
+
+def _title(report: Report) -> str:
+    models = list(dict.fromkeys(f.clean(run.model, 60) for run in report.runs))
+    if not models:
+        return f.clean(report.device.name, 60) if report.device and report.verb == "device" else f.clean(f"gpuopt {report.verb}", 60)
+    return ", ".join(models[:3]) + (f" and {len(models) - 3} more" if len(models) > 3 else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tile:
+    """A figure to be seen first."""
+
+    name: str
+    value: str
+    beside: str = ""
+    tone: str = ""
+    meter: float | None = None
+
+
+def _tiles(report: Report) -> list[_Tile]:
+    """Of the only run that worked, or of the fastest; none where several models are told of."""
+    timed = [run for run in report.runs if run.status == Status.OK and run.latency_ms is not None]
+    if not timed or naming.several_models(report):
+        return []
+    run = max(timed, key=lambda r: r.samples_per_s or 0.0)
+    stats = run.latency_ms
+    assert stats is not None
+    half = ""
+    if stats.ci95_low is not None and stats.ci95_high is not None and stats.median > 0:
+        half = f"±{f.percent((stats.ci95_high - stats.ci95_low) / 2 / stats.median * 100)}, ".replace("±<", "<±")
+    tiles = [
+        _Tile(
+            name=f"a call, fastest of {len(timed)}" if len(timed) > 1 else "a call",
+            value=f.ms(stats.median),
+            beside=f"{half}{f.plural(stats.num_samples, 'sample')}",
         )
-        start += max(0.0, bar.share)
-    return f'<div class="fall">{"".join(rows)}</div>'
+    ]
+    if run.samples_per_s is not None:
+        tiles.append(_Tile(name="samples a second", value=f.rate(run.samples_per_s), beside=naming.dims_label(run)))
+    if run.tflops is not None:
+        tiles.append(_Tile(name="arithmetic", value=f.tflops(run.tflops), beside=naming.compute_quantity(run) or ""))
+    for name, value in (
+        ("of measured peak", run.pct_of_measured),
+        ("of sustained peak", run.pct_of_sustained),
+        ("of roofline", run.pct_of_roofline),
+    ):
+        if value is not None:
+            tiles.append(_Tile(name=name, value=f.percent(value), meter=value / 100))
+    if run.peak_bytes is not None:
+        tiles.append(_Tile(name="peak memory", value=f.memory(run.peak_bytes)))
+    tiles.append(_verified(run))
+    return tiles
 
 
-def _percent(share: float) -> str:
-    return "&lt;1%" if 0 < share < 0.01 else f"{share * 100:.0f}%"
+def _verified(run: Run) -> _Tile:
+    if run.accuracy is None:
+        return _Tile(name="same model", value="not verified", tone="warn")
+    if not run.accuracy.passed:
+        return _Tile(name="same model", value="no", tone="bad")
+    told = f"error {f.error(run.accuracy.relative_rmse)}" if run.accuracy.relative_rmse is not None else ""
+    return _Tile(name="same model", value="verified", beside=told, tone="good")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Section:
+    """A heading of the page: a picture, tables, or both."""
+
+    id: str
+    title: str
+    figure: str = ""
+    blocks: tuple[Block, ...] = ()
+
+
+def _sections(report: Report, shown: Page) -> list[_Section]:
+    """The page's blocks under the pictures they belong to; what is not known here stays a section of its own, in its place."""
+    first = {"findings": "Findings", "time": "Where the time goes", "roofline": "Roofline", "modules": "Modules", "speed": "Speed"}
+    blocks: dict[str, list[Block]] = {name: [] for name in (*first, "curves")}
+    rest: list[Block] = []
+    machine: list[Block] = []
+    for block in map(_trimmed, (*shown.blocks, *shown.next)):
+        home = _home(block)
+        if home != "drawn":
+            (blocks[home] if home in blocks else machine if home == "machine" else rest).append(block)
+    has = {
+        "findings": bool(report.findings and strips.findings(report)),
+        "time": strips.falls(report) is not None,
+        "roofline": bool(roofline.pictures(report)),
+        "modules": bool(profiled(report)),
+        "speed": strips.strips(report) is not None,
+        "curves": bool(batches.curves(report)),
+    }
+    titles = {**first, "curves": "Over sizes"}
+    if not any(run.roofline for run in report.runs):  # runs as points explain the times, so they follow them
+        titles["roofline"] = titles.pop("roofline")
+    sections = [
+        _Section(id=name, title=titles[name], figure=name if has[name] else "", blocks=tuple(blocks[name]))
+        for name in titles
+        if has[name] or blocks[name]
+    ]
+    sections += [_Section(id=f"part-{index}", title=block.title, blocks=(block,)) for index, block in enumerate(rest)]
+    if machine:
+        sections.append(_Section(id="machine", title="Machine", blocks=tuple(machine)))
+    return sections
+
+
+def _home(block: Block) -> str:
+    """Which section a block belongs to; `drawn` where a picture says all of it, "" for a section of its own."""
+    match block:
+        case Bars():
+            return "drawn" if block.title.startswith("Where the time goes") else ""
+        case Roofline():
+            return "drawn"
+        case Messages() if block.title == "Findings":
+            return "drawn"
+        case Table() | Facts() | Messages() | Steps():
+            for start, home in _HOMES:
+                if block.title.startswith(start):
+                    return home
+    return ""
+
+
+def _fall_notes(shown: Page) -> list[str]:
+    """What the page says of its waterfalls, but for the wall time, which stands beside the bar; of several, each note says whose it is."""
+    bars = [block for block in shown.blocks if isinstance(block, Bars) and _home(block) == "drawn"]
+    notes = dict.fromkeys(note for block in bars for note in block.notes[1:])
+    if len(bars) < 2:
+        return list(notes)
+    told = []
+    for note in notes:
+        having = [block.title.partition(": ")[2] for block in bars if note in block.notes]
+        told.append(note if len(having) == len(bars) else f"{', '.join(having)}: {note}")
+    return told
+
+
+_HOMES = (
+    ("Ops by", "roofline"),
+    ("Modules", "modules"),
+    ("Speed", "speed"),
+    ("Costs", "speed"),
+    ("Not ranked", "speed"),
+    ("No result", "speed"),
+    ("Device", "machine"),
+    ("Ceilings", "machine"),
+)
+
+
+def _trimmed(block: Block) -> Block:
+    if not isinstance(block, Table) or len(block.rows) <= MAX_ROWS:
+        return block
+    note = f"{len(block.rows) - MAX_ROWS} more rows are not in this page's tables: the report's JSON has all"
+    return replace(block, rows=block.rows[:MAX_ROWS], notes=(*block.notes, note))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fallback:
+    """A roofline without script."""
+
+    title: str
+    svg: Markup
+    key: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def _fallback(picture: roofline.Picture) -> _Fallback:
+    notes = []
+    if picture.is_runs:
+        notes.append("each point is a run by its median; bytes are op by op, before any fusion")
+    if left := plots.unplaced(picture):
+        notes.append(left)
+    drawn = plots.roofline(picture)
+    if not drawn:
+        notes.append("no op has a time, a FLOP count and a byte count, so there is nothing to draw")
+    notes += plots.sources(picture)
+    return _Fallback(title=picture.title, svg=Markup(drawn), key=tuple(plots.key(picture)), notes=tuple(notes))
+
+
+def _curve_table(report: Report) -> Sequence[tuple[str, str, list[list[Cell]]]]:
+    """(label, dimension, rows of size, samples/s, TFLOP/s, of measured) a curve."""
+    found = []
+    for curve in batches.curves(report):
+        rows = [
+            [
+                Cell(str(size)),
+                Cell(f.ms(run.latency_ms.median if run.latency_ms else None)),
+                Cell(f.rate(run.samples_per_s)),
+                Cell(f.tflops(run.tflops)),
+                Cell(f.percent(run.pct_of_measured)),
+            ]
+            for size, run in curve.runs
+        ]
+        rows += [
+            [Cell(str(size)), Cell(run.status.value.replace("_", " "), "bad"), Cell(f.MISSING), Cell(f.MISSING), Cell(f.MISSING)]
+            for size, run in curve.lost
+        ]
+        found.append((curve.label, f.clean(curve.dim, 20), rows))
+    return found

@@ -115,19 +115,31 @@ ACCURACY = r.Accuracy(
 
 AUDIT = r.PrecisionAudit(shares={"float16": 0.998, "float32": 0.002}, method="post-grad graph", honoured=True, requested="fp16")
 
+_PARTS = {
+    "launch gaps": (1.5, "the device waits for the host to launch, 310 kernels a call"),
+    "python and framework": (0.5, "the device waits, the host is outside any op"),
+    "tensor-core compute": (24.0, ""),
+    "memory-bound": (8.0, ""),
+    "avoidable: layout": (1.0, "4 passes a call"),
+    "avoidable: unfused pointwise": (3.0, "66 passes a call"),
+    "idle": (1.0, "between kernels that were already queued"),
+    "unaccounted": (1.0, ""),
+}
+
 WATERFALL = r.Waterfall(
     wall_ms=40.0,
-    parts=(
-        r.WaterfallPart(name="host to device", ms=0.0),
-        r.WaterfallPart(name="launch gaps", ms=2.0, detail="the device waits for the host"),
-        r.WaterfallPart(name="compute-bound", ms=24.0, detail="convolutions"),
-        r.WaterfallPart(name="memory-bound", ms=11.0, detail="batch norm, ReLU, additions"),
-        r.WaterfallPart(name="other", ms=2.0),
-        r.WaterfallPart(name="device to host", ms=0.0),
-        r.WaterfallPart(name="unaccounted", ms=1.0),
-    ),
+    parts=tuple(r.WaterfallPart(name=n, ms=_PARTS.get(n, (0.0, ""))[0], detail=_PARTS.get(n, (0.0, ""))[1]) for n in r.WATERFALL_PARTS),
     unaccounted_ms=1.0,
-    method="kernels of 5 traced calls, scaled to the untraced wall time",
+    method="device busy time from a trace of 5 calls (union over streams), idle time from the untraced wall time, split as the trace saw it",
+)
+
+BOUNDS = r.Bounds(
+    precision="fp16",
+    unfused_ms=22.0,
+    fused_ms=9.5,
+    by_precision={"tf32": 41.0, "fp8": 14.0},
+    fused_by_precision={"tf32": 19.0, "fp8": 5.0},
+    bytes_fused=2.1e9,
 )
 
 ROOFLINE = (
@@ -299,7 +311,14 @@ PROFILE = r.Report(
     environment=ENVIRONMENT,
     device=DEVICE,
     runs=(
-        replace(RUN, waterfall=WATERFALL, roofline=ROOFLINE, modules=MODULES, input_source="guess: conv1 is a convolution over 3 channels"),
+        replace(
+            RUN,
+            waterfall=WATERFALL,
+            bounds=BOUNDS,
+            roofline=ROOFLINE,
+            modules=MODULES,
+            input_source="guess: conv1 is a convolution over 3 channels",
+        ),
     ),
     findings=(
         r.Finding(code="GPO701", severity="info", message="the model was in training mode; eval mode was set"),
