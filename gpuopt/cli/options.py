@@ -26,6 +26,23 @@ ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_
 ModelsArg = Annotated[list[str], typer.Argument(metavar="MODEL...", help=MODEL_HELP, show_default=False)]
 MaybeModelArg = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP, show_default=False)]
 
+ProgramArg = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[-- python SCRIPT ARGS...]", help="Or a program of yours, run once as it stands.", show_default=False),
+]
+TraceOpt = Annotated[
+    str | None,
+    _option(
+        "--trace", metavar="FILE", help="Explain a torch.profiler trace (.json, .json.gz) from elsewhere, without its model.", panel=MODEL
+    ),
+]
+SaveInputsOpt = Annotated[
+    str | None,
+    _option(
+        "--save-inputs", metavar="FOLDER", help="Of a program: keep the tensors of each model's first call, for --inputs.", panel=INPUTS
+    ),
+]
+NoTraceOpt = Annotated[bool, _option("--no-trace", help="Of a program: observe it without torch.profiler.", panel=MEASURE)]
 ArchOpt = Annotated[
     str | None, _option("--arch", metavar="PKG.MOD:FACTORY", help="Builds the module for a file of bare tensors.", panel=MODEL)
 ]

@@ -1,4 +1,4 @@
-"""`gpuopt profile MODEL`: one candidate -> where its time goes."""
+"""`gpuopt profile MODEL`: one candidate, a program, or a trace from elsewhere -> where its time goes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from gpuopt.cli import options as o
 
 
 def profile(
-    model: o.ModelArg,
+    model: o.MaybeModelArg = None,
+    program: o.ProgramArg = None,
+    trace: o.TraceOpt = None,
     arch: o.ArchOpt = None,
     trust: o.TrustOpt = None,
     trust_remote_code: o.RemoteCodeOpt = False,
@@ -30,6 +32,9 @@ def profile(
     max_time: o.MaxTimeOpt = None,
     timeout: o.TimeoutOpt = None,
     verify: o.VerifyOpt = "full",
+    ignore: o.IgnoreOpt = None,
+    save_inputs: o.SaveInputsOpt = None,
+    no_trace: o.NoTraceOpt = False,
     depth: o.DepthOpt = 3,
     top: o.TopOpt = 10,
     by: o.ByOpt = "time",
@@ -40,19 +45,47 @@ def profile(
 ) -> int:
     """Where the time goes, and how far that is from what the machine can do.
 
-    Shows the time a call with its share of the measured ceiling, a waterfall of the wall time, the module tree, and each op against the roofline.
-    Needs nothing but the model: inputs come from its file or configuration, or are guessed from its first layer, and the guess is told.
+    Shows the time a call with its share of the measured ceiling, a waterfall of the wall time, the module tree, each op against the roofline, and
+    what to change. Needs nothing but the model: inputs come from its file or configuration, or are guessed from its first layer, and the guess is told.
+
+    A program of yours is run once as it stands, and its models, weight loads, waits and copies are found by source line. A trace made elsewhere is
+    explained without its model.
 
     Example: gpuopt profile model.pt --batch 64 --precision fp16
+
+    Example: gpuopt profile -- python infer.py --images photos/
+
+    Example: gpuopt profile --trace production.json.gz
     """
+    from gpuopt.cli import configuration
     from gpuopt.cli import request as r
     from gpuopt.cli.show import run
+    from gpuopt.core.errors import UsageError
     from gpuopt.core.spec import Job
     from gpuopt.pipeline import jobs
     from gpuopt.pipeline.recipe import expand
     from gpuopt.reports.content.blocks import View
 
     view = View(depth=depth, top=top, by=by)
+    ignored = configuration.ignored(ignore)
+    words = [model, *(program or [])] if model is not None else []
+    is_program = len(words) > 1 or (model is not None and model.endswith(".py"))
+    if sum((trace is not None, bool(words))) != 1:
+        raise UsageError(
+            "profile takes one of a model, a program and a trace",
+            fix="gpuopt profile MODEL, gpuopt profile -- python SCRIPT, or --trace FILE",
+        )
+    if trace is not None or is_program:
+        from gpuopt.cli import observed
+
+        job = Job(verb="profile", device=device, ignore=ignored, command=r.command_line())
+        act = (
+            observed.trace(trace)
+            if trace is not None
+            else observed.program(words, timeout=timeout, save_inputs=save_inputs, traced=not no_trace)
+        )
+        return run(r.checked(job), act, json=json, quiet=quiet, force=force, ask=False, view=view)
+    assert model is not None
     candidates = expand(
         models=r.models([model], arch=arch, trust=trust, trust_remote_code=trust_remote_code, cast=cast, allow_nonfinite=allow_nonfinite),
         inputs=r.inputs(input=input, inputs=inputs, batch=batch, dim=dim, seed=seed),
@@ -67,6 +100,7 @@ def profile(
         candidates=candidates,
         bench=r.bench(min_time=min_time, max_time=max_time, timeout=timeout, verify=verify),
         depth=depth,
+        ignore=ignored,
         command=r.command_line(),
     )
     return run(r.checked(job), jobs.profile, json=json, quiet=quiet, force=force, ask=not no_input, view=view)

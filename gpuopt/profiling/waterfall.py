@@ -208,6 +208,8 @@ def _assemble(wall_ms: float, parts: dict[str, float], details: dict[str, str], 
         scale = wall_ms / accounted
         parts = {name: ms * scale for name, ms in parts.items()}
     left = max(0.0, wall_ms - math.fsum(parts.values()))
+    if left < 1e-9 * wall_ms:  # the sum's own rounding, not time that nobody could place
+        left = 0.0
     values = {**parts, "unaccounted": left}
     return Waterfall(
         wall_ms=wall_ms,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gpuopt.core.result import Ceilings, Report
-from gpuopt.reports.content import breakdown, headline, machine, naming, proof, speed, steps, tables, verdicts
+from gpuopt.reports.content import breakdown, headline, machine, naming, program, proof, speed, steps, tables, verdicts
 from gpuopt.reports.content.blocks import Block, Page, View
 from gpuopt.reports.figures import clean
 
@@ -27,6 +27,7 @@ def page(report: Report, view: View | None = None) -> Page:
         shown = replace(run, modules=(), roofline=()) if is_doctor else run
         blocks += breakdown.build(shown, ceilings, view, name(run) if len(detailed) > 1 else "")
     blocks += speed.build(report, ceilings, name)
+    blocks += program.notes(report)
     blocks += proof.build(report, name)
     blocks += verdicts.gates(report)
     if is_doctor:

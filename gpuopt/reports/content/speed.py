@@ -18,6 +18,7 @@ from gpuopt.reports.content.naming import (
     several_models,
     status_tone,
 )
+from gpuopt.reports.content.program import OBSERVED
 from gpuopt.reports.figures import clean
 
 LOW_COVERAGE = 0.95
@@ -41,7 +42,7 @@ def build(report: Report, ceilings: Ceilings, name: Callable[[Run], str]) -> lis
                 items=tuple(_failure(run, name(run)) for run in failures),
             )
         )
-    untimed_ok = [run for run in report.runs if run.status == Status.OK and run.latency_ms is None]
+    untimed_ok = [run for run in report.runs if run.status == Status.OK and run.latency_ms is None and run.backend not in OBSERVED]
     if untimed_ok:
         blocks.append(
             Messages(

@@ -10,6 +10,7 @@ from gpuopt.reports import figures as f
 from gpuopt.reports.content.blocks import Steps
 from gpuopt.reports.content.breakdown import part_tone
 from gpuopt.reports.content.naming import compute_quantity
+from gpuopt.reports.content.program import OBSERVED
 
 _KEEP_WITH_VALUE = {"--input", "--inputs", "--dim", "--batch", "-b", "--arch", "--trust", "--device", "--seed", "--precision", "-p"}
 _KEEP_FLAGS = {"--cast", "--allow-nonfinite", "--trust-remote-code"}
@@ -20,6 +21,8 @@ def build(report: Report, ceilings: Ceilings) -> list[Steps]:
     if report.error or report.verb != "profile" or len(report.runs) != 1:
         return []
     run = report.runs[0]
+    if run.backend in OBSERVED:
+        return []  # a program is changed by hand first: the findings say where
     base = _model_and_inputs(report.command)
     if run.status != Status.OK or run.waterfall is None or not base or not run.waterfall.parts:
         return []

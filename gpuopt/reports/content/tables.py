@@ -7,6 +7,7 @@ from typing import Any
 
 from gpuopt.core.result import Report
 from gpuopt.reports import figures as f
+from gpuopt.reports.content import program
 from gpuopt.reports.content.blocks import Block, Cell, Column, Facts, Table
 from gpuopt.reports.content.verdicts import comparison
 from gpuopt.reports.figures import clean
@@ -16,7 +17,9 @@ def build(report: Report) -> list[Block]:
     """A table of a known name has its own form; any other list of rows, or mapping, is shown as it is."""
     blocks: list[Block] = []
     for name, value in report.tables.items():
-        if name == "matrix" and isinstance(value, Sequence):
+        if (own := program.build(name, value)) is not None:
+            blocks += own
+        elif name == "matrix" and isinstance(value, Sequence):
             blocks.append(_matrix(value, report))
         elif name == "compare" and isinstance(value, Sequence):
             blocks.append(comparison(value))
