@@ -111,7 +111,8 @@ def test_a_bug_keeps_its_traceback_and_says_whose_it_is(fake: Callable[..., subp
     ("words", "told"),
     [
         (["profle"], "Did you mean 'profile'"),
-        (["profile"], "MODEL"),
+        (["profile"], "takes one of a model"),
+        (["bench"], "MODEL"),
         (["profile", "m", "--bach", "3"], "--bach"),
         (["profile", "m", "--batch", "0"], "--batch '0'"),
         (["profile", "m", "--batch", "1e3"], "--batch '1e3'"),
