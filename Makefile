@@ -1,4 +1,4 @@
-# make venv | demo | test | check | gpu | schema | clean
+# make venv | demo | test | check | gpu | schema | docs | flops | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,6 +10,8 @@ help:
 	@echo "make test    checks and tests (no GPU needed)"
 	@echo "make check   ruff, mypy, import-linter, schema"
 	@echo "make gpu     the tests that need an NVIDIA GPU"
+	@echo "make flops   hand counts of FLOPs against the counter: docs/flops.md"
+	@echo "make docs    the pages made from the code: commands, doctor, schemas, README tables"
 	@echo "make schema  rewrite docs/report.schema.json and docs/manifest.schema.json"
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -38,10 +40,18 @@ gpu: venv
 schema: venv
 	$(BIN)/python -m gpuopt.reports.schema docs
 
+docs: venv schema
+	$(BIN)/python -m gpuopt.cli.reference docs
+	$(BIN)/python -m gpuopt.doctor.handbook docs
+	$(BIN)/python recipes/readme_tables.py
+
+flops: venv
+	$(BIN)/python recipes/flops_table.py
+
 demo: venv
 	$(BIN)/python recipes/demo.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache demo-out
 
-.PHONY: help venv check test gpu schema demo clean
+.PHONY: help venv check test gpu schema docs flops demo clean

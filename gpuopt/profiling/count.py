@@ -3,8 +3,7 @@
 The module is copied with its parameters faked, so neither its state nor its attributes change. Where a forward cannot run on fake tensors (it reads values,
 an op has no fake kernel), the real module runs once on its own device, and the count says so.
 
-Bytes are compulsory traffic an op at a time: each distinct region read once, each output written once, views free, an expanded input at its real size,
-a gather at the rows it takes. Fusion is not assumed: their sum is what eager must move, an upper bound for anything that fuses.
+Bytes are compulsory traffic an op at a time (`traffic`). Fusion is not assumed: their sum is what eager must move, an upper bound for anything that fuses.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +26,8 @@ from torch.utils.flop_counter import flop_registry
 
 from gpuopt.core.live import Inputs
 from gpuopt.core.result import Count, OpRecord
-from gpuopt.profiling import formulas
+from gpuopt.profiling import formulas, higher_order, unseen
+from gpuopt.profiling.traffic import regions_bytes, tensors_in, traffic
 
 CONVENTION = "2 FLOPs a multiply-add; products alone are counted; attention counted full, causal or not; padding counted like data"
 
@@ -58,6 +59,10 @@ def count(module_or_callable: Callable[..., Any], inputs: Inputs, *, tf32: bool 
         method = "aten dispatch, one real run"
         reason = str(error).strip().partition("\n")[0][:160]
         notes.append(f"fake tensors did not do ({type(error).__name__}: {reason}); the model was run once")
+        if "data pointer" in str(error) or "not allocated" in str(error):
+            notes.append(
+                "it reads tensors' memory directly (a C++ extension?): what is multiplied there is seen by no ATen op and not counted"
+            )
     root = _module_of(module_or_callable)
     return counter.result(method=method, notes=tuple(notes + counter.notes), num_parameters=_num_parameters(root))
 
@@ -157,7 +162,7 @@ def _count_real(target: Any, inputs: Inputs, tf32: bool) -> _Counter:
 
     args, kwargs = pytree.tree_map(move, (tuple(inputs.args), dict(inputs.kwargs)))
     counter = _Counter(root, tf32)
-    with torch.no_grad(), counter.watching():
+    with torch.no_grad(), counter.watching(), unseen.HandedOut(counter.record_unseen):
         target(*args, **kwargs)
     return counter
 
@@ -220,6 +225,8 @@ class _Counter:
     rows: dict[tuple[str, str, str | None, str], _Row] = field(default_factory=dict)
     stack: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    depth: int = 0
+    """Recorded ops now running: what one of them launches is part of it."""
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -227,7 +234,15 @@ class _Counter:
         # One fused op for a whole encoder layer has a formula too, and the same total; without it the rows name the layer's parts.
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with torch.jit._fuser.optimized_execution(False), _Mode(self):
+            with (
+                warnings.catch_warnings(),
+                torch.jit._fuser.optimized_execution(False),
+                higher_order.uncompiled_flex_attention(),
+                unseen.triton_launches(self.record_unseen),
+                _Mode(self),
+            ):
+                # A compiled module is counted too (nothing compiles under a mode); that its outermost hook fires twice changes no row.
+                warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
                 if self.root is None:
                     yield
                 else:
@@ -244,6 +259,14 @@ class _Counter:
         while self.stack and self.stack.pop()[0] != name:
             pass
 
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run an op whose inside is its own business."""
+        self.depth += 1
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.depth -= 1
+
     def record(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         name = func._schema.name
         if name in _METADATA:
@@ -254,14 +277,31 @@ class _Counter:
         if self.tf32 and dtype == "float32" and flops and formulas.family(name) not in formulas.NOT_TENSOR_CORES:
             dtype = "tf32"
         moved = traffic(func, bound, out)
+        if flops is None and moved == 0:
+            flops = 0.0  # an unknown op that touches no memory computes nothing: a custom view, an assertion
+        self._add(name.replace("::", "."), dtype, shapes_text(pytree.tree_leaves(list(bound.values()))), flops, moved)
+
+    def record_higher_order(self, name: str, flops: float | None, tensors: list[torch.Tensor], out: Any) -> None:
+        self._add(
+            name,
+            dtype_name(tensors[0].dtype) if tensors else None,
+            shapes_text(tensors),
+            flops,
+            regions_bytes(tensors) + regions_bytes(out),
+        )
+
+    def record_unseen(self, name: str, tensors: list[torch.Tensor]) -> bool:
+        """A row for what computes outside the dispatcher; False where its tensors are fake, so that it cannot run."""
+        if self.depth == 0:
+            self._add(name, dtype_name(tensors[0].dtype) if tensors else None, shapes_text(tensors), None, regions_bytes(tensors))
+        return not any(isinstance(t, FakeTensor) for t in tensors)
+
+    def _add(self, op: str, dtype: str | None, shapes: str, flops: float | None, moved: float) -> None:
         module, module_class = self.stack[-1] if self.stack else ("", type(self.root).__name__ if self.root is not None else "")
-        key = (name.replace("::", "."), module, dtype, shapes_text(pytree.tree_leaves(list(bound.values()))))
-        row = self.rows.setdefault(key, _Row(module_class=module_class))
+        row = self.rows.setdefault((op, module, dtype, shapes), _Row(module_class=module_class))
         row.count += 1
         row.flops = None if flops is None or row.flops is None else row.flops + flops
         row.bytes += moved
-        if flops is None and moved == 0:
-            row.flops = 0.0  # an unknown op that touches no memory computes nothing: a custom view, an assertion
 
     def result(self, *, method: str, notes: tuple[str, ...], num_parameters: int | None) -> Count:
         records = tuple(
@@ -325,27 +365,41 @@ class _Mode(TorchDispatchMode):
             # (`decompose` would prefer a Python decomposition that copies more).
             with self:
                 return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
-        out = func(*args, **kwargs)
+        out = _fake_output(func, args, kwargs)
+        if out is None:
+            out = self.counter.call(func, args, kwargs)
         self.counter.record(func, args, kwargs, out)
         return out
 
     def _higher_order(self, func: Any, args: Any, kwargs: Any) -> Any:
-        formula = flop_registry.get(func)
-        if formula is None:
-            note = f"higher-order op {func.name()}: counted by what it runs"
-            if note not in self.counter.notes:
-                self.counter.notes.append(note)
-            return NotImplemented
-        out = func(*args, **kwargs)
+        pieces = higher_order.pieces(func)
+        if pieces is not None:
+            with self:
+                return pieces(*args, **kwargs)
+        name = func.name()
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        module, module_class = self.counter.stack[-1] if self.counter.stack else ("", "")
-        key = (func.name(), module, dtype_name(tensors[0].dtype) if tensors else None, shapes_text(tensors))
-        row = self.counter.rows.setdefault(key, _Row(module_class=module_class))
-        row.count += 1
-        row.flops = (row.flops or 0.0) + float(formula(*args, **kwargs, out_val=out))
-        written = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-        row.bytes += _regions_bytes(tensors) + _regions_bytes(written)
+        out = self.counter.call(func, args, kwargs)  # a mode that answers NotImplemented here makes that the op's result
+        flops = higher_order.flops(name, args)
+        formula = flop_registry.get(func)
+        if flops is None and formula is not None:
+            flops = float(formula(*args, **kwargs, out_val=out))
+        self.counter.record_higher_order(name, flops, tensors, tensors_in(out))
         return out
+
+
+def _fake_output(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What an op returns on fake tensors where PyTorch's own rule refuses dtypes that its kernels take; None: ask PyTorch.
+
+    `_grouped_mm` runs in float32 and float16 too (on a CPU by a loop, on a GPU by a fallback), its fake rule knows bfloat16 alone (torch 2.13): every float32 mixture of
+    experts would otherwise have to be run, and one without weights could not be counted.
+    """
+    if func._schema.name != "aten::_grouped_mm" or not isinstance(args[0], FakeTensor) or args[0].dtype == torch.bfloat16:
+        return None
+    bound = bind(func._schema, args, kwargs)
+    a, b, offs = bound["self"], bound["mat2"], bound.get("offs")
+    groups = [int(offs.shape[0])] if a.dim() == b.dim() == 2 and offs is not None else []
+    batch = [a.shape[0]] if a.dim() == b.dim() == 3 else groups
+    return a.new_empty([*batch, a.shape[-2], b.shape[-1]], dtype=bound.get("out_dtype") or a.dtype)
 
 
 def _dispatches(cls: type) -> bool:
@@ -384,134 +438,3 @@ def compute_dtype(name: str, bound: Mapping[str, Any], out: Any) -> str | None:
 def shapes_text(values: list[Any]) -> str:
     """Shapes of the tensors with at least one dimension: `8x128, 128x256`. The same text is made from a trace, and rows are joined by it."""
     return ", ".join("x".join(str(int(n)) for n in v.shape) for v in values if isinstance(v, torch.Tensor) and v.dim() > 0)
-
-
-_WRITE_ONLY = frozenset(
-    """
-    aten::copy_ aten::fill_ aten::zero_ aten::normal_ aten::uniform_ aten::bernoulli_ aten::random_ aten::exponential_ aten::log_normal_ aten::cauchy_ aten::geometric_
-    """.split()
-)
-"""In-place ops that overwrite their first argument without reading it."""
-_GATHERS = frozenset(
-    """
-    aten::embedding aten::index aten::_unsafe_index aten::index_select aten::gather aten::take aten::_embedding_bag aten::_embedding_bag_forward_only
-    aten::masked_select aten::grid_sampler_2d aten::grid_sampler_3d
-    """.split()
-)
-"""Ops that read of their first tensor only what they return, at most all of it."""
-_SCATTERS_IN_PLACE = frozenset(
-    "aten::index_put_ aten::_index_put_impl_ aten::index_copy_ aten::scatter_ aten::index_fill_ aten::scatter_add_ aten::index_add_ aten::scatter_reduce_ aten::put_".split()
-)
-"""Ops that write into their first tensor only what they are given (a key-value cache): never the whole of it."""
-_NOTHING_MOVES = frozenset(
-    """
-    aten::empty aten::empty_like aten::empty_strided aten::empty_permuted aten::new_empty aten::new_empty_strided aten::_unsafe_view aten::detach aten::detach_ aten::alias
-    aten::lift aten::lift_fresh aten::resize_ aten::resize_as_ aten::set_ aten::record_stream aten::_mkldnn_reshape aten::unsafe_split aten::unsafe_split_with_sizes
-    aten::_assert_async aten::_assert_scalar aten::_functional_assert_async
-    """.split()
-)
-
-
-def traffic(func: Any, bound: Mapping[str, Any], out: Any) -> float:
-    """Compulsory bytes of one call: distinct regions read, plus what is written."""
-    name = func._schema.name
-    if name in _NOTHING_MOVES or func.is_view or torch.Tag.inplace_view in func.tags:
-        return 0.0
-    written_names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    mutated = [t for n in written_names for t in _tensors(bound.get(n))]
-    reads = [t for n, v in bound.items() if n not in written_names for t in _tensors(v)]
-    outputs = _tensors(out)
-    if not mutated:
-        sources = {_storage(t) for t in reads}
-        if outputs and all(_storage(t) in sources for t in outputs):
-            return 0.0  # an alias, whatever its schema says
-    if name in _SCATTERS_IN_PLACE:
-        # Values and indices are read; as many elements as the values hold are written (an accumulating one reads them first, too).
-        values = _tensors(_first_of(bound, "values", "source", "src", "value"))
-        size = math.fsum(_region_bytes(t) for t in values) or _regions_bytes(reads)
-        return _regions_bytes(reads) + size
-    if formulas.canonical(name) == "attention":
-        outputs = outputs[:1]  # the rest is for a backward pass nobody runs
-    total = 0.0
-    if name in _GATHERS and reads:
-        source, rest = reads[0], reads[1:]
-        if name.startswith("aten::_embedding_bag") and rest:
-            taken = float(math.prod(rest[0].shape) * source.shape[-1] * source.element_size())
-        else:
-            taken = _regions_bytes(outputs[:1])
-        total += min(taken, _region_bytes(source)) + _regions_bytes(rest)
-    elif formulas.canonical(name) == "convolution" and reads:
-        total += _region_bytes(reads[0]) * _touched(bound, reads[0]) + _regions_bytes(reads[1:])
-    else:
-        total += _regions_bytes(reads)
-    if mutated:
-        is_out_variant = all(a.is_out for a in func._schema.arguments if a.name in written_names)
-        reread = 0.0 if is_out_variant or name in _WRITE_ONLY else _regions_bytes(mutated)
-        kept = {_storage(t) for t in mutated}
-        return total + reread + _regions_bytes(mutated) + _regions_bytes([t for t in outputs if _storage(t) not in kept])
-    return total + _regions_bytes(outputs)
-
-
-def _first_of(bound: Mapping[str, Any], *names: str) -> Any:
-    for name in names:
-        if name in bound:
-            return bound[name]
-    return None
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, list | tuple):
-        return [t for v in value for t in _tensors(v)]
-    return []
-
-
-def _touched(bound: Mapping[str, Any], x: torch.Tensor) -> float:
-    """Share of a convolution's input that its filter reaches: a strided 1×1 skips rows and columns."""
-    weight, stride, dilation = bound.get("weight"), bound.get("stride"), bound.get("dilation")
-    if weight is None or stride is None or bound.get("transposed") or weight.dim() < 3:
-        return 1.0
-    spatial = weight.dim() - 2
-    strides = list(stride) * (spatial if len(stride) == 1 else 1)
-    dilations = list(dilation or [1])
-    dilations = dilations * (spatial if len(dilations) == 1 else 1)
-    share = 1.0
-    for size, taps, step, spread in zip(x.shape[2:], weight.shape[2:], strides, dilations, strict=False):
-        if taps * 1 < step and spread == 1:
-            share *= min(1.0, math.ceil(size / step) * taps / size)
-    return share
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):  # sparse and mkldnn tensors have none
-        return id(tensor)
-
-
-def _region_bytes(tensor: torch.Tensor) -> float:
-    """Distinct bytes a strided view covers: an expanded dimension costs nothing, overlapping windows are counted once."""
-    if tensor.layout != torch.strided:
-        return float(tensor.numel() * tensor.element_size())
-    distinct, span = 1, 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        if int(size) == 0:
-            return 0.0
-        if int(stride) != 0:
-            distinct *= int(size)
-            span += (int(size) - 1) * int(stride)
-    return float(min(distinct, span) * tensor.element_size())
-
-
-def _regions_bytes(tensors: list[torch.Tensor]) -> float:
-    """The same region twice is read once; several views of one storage never cost more than the storage."""
-    regions: dict[int, dict[tuple[Any, ...], float]] = {}
-    limits: dict[int, float] = {}
-    for tensor in tensors:
-        key = _storage(tensor)
-        strided = tensor.layout == torch.strided
-        geometry = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride()) if strided else (tuple(tensor.shape),)
-        regions.setdefault(key, {})[geometry] = _region_bytes(tensor)
-        limits[key] = float(tensor.untyped_storage().nbytes()) if strided else math.inf
-    return math.fsum(min(math.fsum(sizes.values()), limits[key]) for key, sizes in regions.items())

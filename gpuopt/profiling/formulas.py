@@ -17,7 +17,10 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry
+
+from gpuopt.profiling.zeros import KNOWN_ZERO, NOT_ZERO, ZERO_ELSEWHERE, ZERO_NAMESPACES
 
 Args = Mapping[str, Any]
 """Arguments by their schema names; tensors need only `.shape` (and `.dtype` where it matters)."""
@@ -119,6 +122,39 @@ def _sdpa(args: Args, out: Any) -> float:
     return sdpa_flops(_shape(_pick(args, "query", "q")), _shape(_pick(args, "key", "k")), _shape(_pick(args, "value", "v")))
 
 
+class NeedsValuesError(Exception):
+    """FLOPs that depend on what a tensor holds, which a fake one does not: the caller runs the model once instead."""
+
+
+def _lengths(starts: Any) -> list[int] | None:
+    """Lengths from cumulative ones [B + 1]; None where nobody knows them (no memory behind the tensor)."""
+    if starts.is_meta:
+        return None
+    if isinstance(starts, FakeTensor):
+        raise NeedsValuesError("the sequences' lengths are data")
+    return [int(n) for n in starts.diff().tolist()]
+
+
+def _packed_attention(args: Args, out: Any) -> float | None:
+    """Sequences one after the other: q [T, H, D] (or [1, T, H, D]), cut by cumulative lengths; without those a plain batch [B, T, H, D]. Each attends to its own, in full."""
+    query, key, value = (_shape(_pick(args, name, name[0])) for name in ("query", "key", "value"))
+    starts_q = next((args[n] for n in ("cum_seq_q", "cu_seqlens_q", "cu_seq_q") if args.get(n) is not None), None)
+    starts_k = next((args[n] for n in ("cum_seq_k", "cu_seqlens_k", "cu_seq_k") if args.get(n) is not None), None)
+    heads, each = query[-2], query[-1] + value[-1]
+    if starts_q is None:
+        return 2.0 * heads * each * query[0] * query[-3] * key[-3]
+    if args.get("block_table") is not None:
+        return None  # keys live in pages, and how many of them count is data of another kind
+    lengths_q = _lengths(starts_q)
+    lengths_k = _lengths(starts_k) if starts_k is not None else lengths_q
+    used = args.get("seqused_k")
+    if used is not None and not used.is_meta:
+        lengths_k = _lengths(torch.nn.functional.pad(used.cumsum(0), (1, 0)))
+    if lengths_q is None or lengths_k is None:
+        return None
+    return 2.0 * heads * each * sum(q * k for q, k in zip(lengths_q, lengths_k, strict=True))
+
+
 def _attention_block(args: Args) -> float:
     """Projections and scores of multi-head attention over [B, T, E] inputs."""
     query = args["query"]
@@ -215,6 +251,10 @@ _ATTENTIONS = (
     "aten::_scaled_dot_product_efficient_attention aten::_scaled_dot_product_cudnn_attention aten::_scaled_dot_product_fused_attention_overrideable "
     "aten::_scaled_dot_product_attention_math aten::_scaled_dot_product_attention_math_for_mps aten::_cudnn_attention_forward aten::_triton_scaled_dot_attention"
 ).split()
+_PACKED_ATTENTIONS = (
+    "aten::_flash_attention_forward aten::_efficient_attention_forward torch_attn::_varlen_attn torch_attn::_varlen_attn_out "
+    "flash_attn::_flash_attn_forward flash_attn::_flash_attn_varlen_forward"
+).split()
 _LINEARS = (
     "aten::linear aten::mkldnn_linear aten::_weight_int4pack_mm aten::_weight_int4pack_mm_for_cpu aten::_weight_int4pack_mm_with_scales_and_zeros aten::_weight_int8pack_mm "
     "aten::_mixed_dtypes_linear aten::_dyn_quant_matmul_4bit mkldnn::_linear_pointwise mkl::_mkl_linear onednn::qlinear_pointwise "
@@ -261,7 +301,9 @@ PRODUCTS: dict[str, Formula] = {
     **dict.fromkeys(_CONVOLUTIONS, _conv),
     **dict.fromkeys(_TRANSPOSED, _conv_transpose),
     **dict.fromkeys(_ATTENTIONS, _sdpa),
+    **dict.fromkeys(_PACKED_ATTENTIONS, _packed_attention),
     **dict.fromkeys(_LINEARS, _linear_like),
+    "transformers::grouped_mm_fallback": lambda args, out: _grouped({"self": args["input"], "mat2": args["weight"]}, out),
     **dict.fromkeys(_RNNS, _rnn),
 }
 """Ops that multiply, by schema name without overload. In-place variants (`addmm_`) share the row of the plain name."""
@@ -271,69 +313,13 @@ NOT_TENSOR_CORES = frozenset(
 )
 """Products that never run in TF32: no matrix unit takes them as they stand."""
 
-KNOWN_ZERO = frozenset(
-    """
-    _adaptive_avg_pool2d _adaptive_avg_pool3d _add_relu _aminmax _assert_async _assert_scalar _assert_tensor_metadata _functional_assert_async _functional_assert_scalar
-    _batch_norm_no_update _batch_norm_with_update _batch_norm_with_update_functional _chunk_cat _coalesce _copy_from _copy_from_and_resize _cummax_helper _cummin_helper
-    _efficientzerotensor _embedding_bag _embedding_bag_forward_only _fill_mem_eff_dropout_mask_ _index_put_impl _index_put_impl_ _is_all_true _is_any_true
-    _jagged_to_padded_dense_forward _padded_dense_to_jagged_forward _lazy_clone _local_scalar_dense _log_softmax _logcumsumexp _masked_scale _masked_softmax _mkldnn_reshape
-    _mkldnn_transpose _native_batch_norm_legit _native_batch_norm_legit_functional _native_batch_norm_legit_no_training _new_zeros_with_same_feature_meta _nnz
-    _pack_padded_sequence _pin_memory _prelu_kernel _print _reshape_copy _resize_output _resize_output_ _safe_softmax _softmax _stack _thnn_fused_gru_cell
-    _thnn_fused_lstm_cell _to_copy _to_cpu _to_dense _transform_bias_rescale_qkv _unique _unique2 _unsafe_index _unsafe_index_put _unsafe_masked_index
-    _unsafe_masked_index_put_accumulate _unsafe_view _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_lanczos2d_aa _upsample_nearest_exact1d
-    _upsample_nearest_exact2d _upsample_nearest_exact3d _weight_norm_interface _nested_tensor_from_mask _nested_tensor_from_mask_left_aligned _convert_weight_to_int4pack
-    _convert_weight_to_int4pack_for_cpu _grid_sampler_2d_cpu_fallback _cudnn_rnn_flatten_weight _cudnn_init_dropout_state _use_cudnn_ctc_loss
-    adaptive_max_pool2d adaptive_max_pool3d affine_grid_generator allclose arange as_strided_ as_strided_scatter avg_pool2d avg_pool3d batch_norm_elemt bernoulli
-    bincount block_diag bucketize cat cauchy channel_shuffle clone col2im complex constant_pad_nd copy copy_ cudnn_affine_grid_generator cudnn_batch_norm
-    cudnn_grid_sampler cummax cummin cumprod cumsum detach_ diag_embed diagonal_scatter dist embedding embedding_renorm empty empty_like empty_permuted empty_strided
-    equal exponential eye fft_fftfreq fft_rfftfreq fill flip from_file full full_like gather geometric glu grid_sampler_2d grid_sampler_3d hann_window hamming_window
-    bartlett_window blackman_window kaiser_window histc im2col index index_add index_copy index_fill index_put index_reduce index_select is_pinned is_same_size isin item
-    kthvalue lift lift_fresh linalg_cross linspace log_normal log_sigmoid_forward logcumsumexp logspace masked_fill masked_scatter masked_select max_pool2d_with_indices
-    max_pool3d_with_indices max_unpool2d max_unpool3d median miopen_batch_norm mkldnn_adaptive_avg_pool2d mkldnn_max_pool2d mkldnn_max_pool3d
-    mkldnn_reorder_conv2d_weight mkldnn_reorder_conv3d_weight mode multinomial nanmedian native_batch_norm native_dropout native_group_norm native_layer_norm native_norm
-    new_empty new_empty_strided new_full new_ones new_zeros nonzero nonzero_static normal normal_functional ones ones_like pixel_shuffle pixel_unshuffle poisson polar put
-    rand rand_like randint randint_like randn randn_like random randperm record_stream reflection_pad1d reflection_pad2d reflection_pad3d renorm repeat
-    repeat_interleave replication_pad1d replication_pad2d replication_pad3d resize resize_ resize_as resize_as_ roll rot90 rrelu_with_noise rrelu_with_noise_functional rsub
-    scalar_tensor scatter scatter_add scatter_reduce searchsorted segment_reduce select_scatter set set_ slice_scatter sort squeeze_ stack t_ take to_mkldnn
-    to_padded_tensor topk trace transpose_ tril tril_indices triu triu_indices uniform unique_consecutive unique_dim unique_dim_consecutive unsafe_split
-    unsafe_split_with_sizes unsqueeze_ upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
-    upsample_trilinear3d var_mean std_mean view_as_complex view_as_real zero zeros zeros_like _fused_rms_norm rms_norm _local_scalar_dense dropout feature_dropout
-    bernoulli_ to contiguous reshape type_as float half detach alias _has_compatible_shallow_copy_type lift_fresh_copy argsort one_hot
-    hardswish gelu mish threshold glu_jvp floor_divide heaviside gcd lcm copysign abs eq ge gt le lt ne xlogy __irshift__ __ilshift__
-    """.split()
-)
-"""ATen ops without products that carry no tag saying so. Moved bytes are their whole cost."""
-
-_ZERO_NAMESPACES = frozenset({"prim", "prims", "quantized_decomposed", "c10d_functional", "_c10d_functional"})
-"""Namespaces without products (prims' FFTs have rows of their own): element-wise primitives, quantise and dequantise, collectives."""
-_ZERO_ELSEWHERE = frozenset(
-    {
-        "torchvision::nms",
-        "torchvision::roi_align",
-        "torchvision::roi_pool",
-        "torchvision::ps_roi_align",
-        "torchvision::ps_roi_pool",
-        "mkldnn::_reorder_linear_weight",
-        "mkldnn::_reorder_convolution_weight",
-        "quantized::add",
-        "quantized::mul",
-        "quantized::add_relu",
-        "quantized::cat",
-        "aten::quantize_per_tensor",
-        "aten::quantize_per_channel",
-        "aten::quantize_per_tensor_dynamic",
-        "aten::dequantize",
-        "profiler::_record_function_enter_new",
-        "profiler::_record_function_exit",
-    }
-)
 for _name in ("fft_c2c", "fft_r2c", "fft_c2r"):
     PRODUCTS[f"prims::{_name}"] = PRODUCTS[f"aten::_{_name}"]
 
 
 def family(name: str) -> str:
     """`aten::addmm_` -> `aten::addmm`: the name a table knows, without the in-place underscore."""
-    if name in PRODUCTS or name in _ZERO_ELSEWHERE or name.removeprefix("aten::") in KNOWN_ZERO:
+    if name in PRODUCTS or name in ZERO_ELSEWHERE or name.removeprefix("aten::") in KNOWN_ZERO:
         return name
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
@@ -360,8 +346,10 @@ def is_zero_when_dispatched(name: str) -> bool:
     plain = family(name)
     if plain in PRODUCTS:
         return False
+    if plain in NOT_ZERO:
+        return False
     namespace, _, op = plain.partition("::")
-    if plain in _ZERO_ELSEWHERE or namespace in _ZERO_NAMESPACES or (namespace == "aten" and op in KNOWN_ZERO):
+    if plain in ZERO_ELSEWHERE or namespace in ZERO_NAMESPACES or (namespace == "aten" and op in KNOWN_ZERO):
         return True
     return any(_ZERO_TAGS & set(o.tags) or o.is_view for o in _overloads(name))
 
@@ -425,7 +413,7 @@ def flops_from_shapes(name: str, shapes: tuple[tuple[int, ...], ...]) -> float |
 
 _CANONICAL = {
     **dict.fromkeys(_CONVOLUTIONS + _TRANSPOSED + ["aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::thnn_conv2d"], "convolution"),
-    **dict.fromkeys([*_ATTENTIONS, "aten::_flash_attention_forward", "aten::_efficient_attention_forward"], "attention"),
+    **dict.fromkeys([*_ATTENTIONS, *_PACKED_ATTENTIONS], "attention"),
     **dict.fromkeys([*_RNNS, "aten::mkldnn_rnn_layer"], "rnn"),
     "aten::cudnn_batch_norm": "batch_norm",
     "aten::native_batch_norm": "batch_norm",

@@ -150,3 +150,31 @@ def test_runtime_calls_are_told_apart_by_their_names(name, kind):
 def test_an_empty_trace_is_an_empty_value():
     trace = from_chrome({}, device="cpu")
     assert (trace.ops, trace.kernels, trace.steps, trace.on_device) == ((), (), (), False)
+
+
+# As torch 2.13 writes them, on a thread that also makes the calls.
+FETCH = {
+    "ph": "X", "cat": "user_annotation", "name": "enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__", "pid": 16764, "tid": 16764,
+    "ts": 4420502530717.807, "dur": 2889.491, "args": {"External id": 5, "Record function id": 0, "Ev Idx": 4},
+}  # fmt: skip
+COLLATE = {
+    "ph": "X", "cat": "cpu_op", "name": "aten::stack", "pid": 16764, "tid": 16764, "ts": 4420502531717.807, "dur": 100.0,
+    "args": {"External id": 6, "Input Dims": [[[4], [4]], []], "Input type": ["TensorList", "Scalar"]},
+}  # fmt: skip
+CALL = {
+    "ph": "X", "cat": "user_annotation", "name": "gpuopt::step", "pid": 16764, "tid": 16764, "ts": 4420502533641.238, "dur": 2632.429, "args": {"External id": 17},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("category", ["user_annotation", "cpu_op"])
+def test_batches_asked_of_a_data_loader_are_kept_apart_from_ops(category):
+    trace = from_chrome({"traceEvents": [CALL, {**FETCH, "cat": category}, COLLATE]}, device="cpu")
+    (fetch,) = trace.fetches
+    assert (fetch.name, fetch.start_ns, fetch.dur_ns, fetch.thread) == (FETCH["name"], 0, 2_889_491, "16764/16764")
+    # Its time is Python's, not an op's; ops inside it are ops like any other.
+    assert [(op.name, op.parent) for op in trace.ops] == [("aten::stack", None)]
+
+
+def test_other_annotations_are_nothing_to_anybody():
+    trace = from_chrome({"traceEvents": [CALL, {**FETCH, "name": "my loop"}]}, device="cpu")
+    assert trace.fetches == () and trace.ops == ()

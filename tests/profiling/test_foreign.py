@@ -1,0 +1,333 @@
+"""Traces from elsewhere: read as a stream, everything odd refused with a remedy, nothing made up."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gpuopt.core.errors import BadInput
+from gpuopt.profiling import foreign, json_stream
+from gpuopt.profiling.events import STEP, from_chrome
+
+_SPEC = importlib.util.spec_from_file_location("chrome", Path(__file__).with_name("chrome.py"))
+assert _SPEC is not None and _SPEC.loader is not None
+chrome = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(chrome)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What torch.profiler writes with a schedule and stacks."""
+    path = tmp_path_factory.mktemp("real") / "trace.json"
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU],
+        schedule=torch.profiler.schedule(wait=1, warmup=1, active=3),
+        record_shapes=True,
+        with_stack=True,
+        on_trace_ready=lambda p: p.export_chrome_trace(str(path)),
+    ) as profiler:
+        for _ in range(5):
+            model(torch.randn(4, 8))
+            profiler.step()
+    return path
+
+
+def test_a_real_trace_is_read_with_its_steps_shapes_and_modules(real: Path) -> None:
+    trace = foreign.read(real)
+    assert trace.device == "cpu" and len(trace.steps) == 3
+    products = [op for op in trace.ops if op.name == "aten::addmm" and op.step is not None]
+    assert len(products) == 3 and all((4, 8) in op.shapes for op in products)
+    assert {op.module for op in products} == {"Sequential_0.Linear_0"} and products[0].module_class == "Linear"
+    notes = " ".join(trace.notes)
+    assert "3 calls by their ProfilerStep" in notes and "no device events" in notes
+    assert "no shapes" not in notes and "no stacks" not in notes
+
+
+def test_gzip_is_known_by_its_content_and_plain_json_too(real: Path, tmp_path: Path) -> None:
+    plain = foreign.read(real)
+    disguised = tmp_path / "trace.json"
+    disguised.write_bytes(gzip.compress(real.read_bytes()))
+    assert foreign.read(disguised) == plain
+    misnamed = tmp_path / "trace.json.gz"
+    misnamed.write_bytes(real.read_bytes())
+    assert foreign.read(misnamed) == plain
+
+
+def test_a_gpu_trace_gives_what_the_parser_of_our_own_traces_gives(tmp_path: Path) -> None:
+    events = chrome.gpu_events()
+    found = foreign.read_foreign(chrome.written(tmp_path / "t.json.gz", chrome.document(events, chrome.H100, cuda_runtime_version=12080)))
+    ours = [
+        {**e, "name": STEP}
+        if e.get("cat") == "user_annotation"
+        else {k: v for k, v in e.items() if k != "args"} | {"args": e.get("args", {})}
+        for e in events
+    ]
+    expected = from_chrome({"traceEvents": ours}, device="cuda:0")
+    assert replace(found.trace, notes=()) == expected
+    assert len(expected.kernels) == 6 and len(expected.copies) == 3 and expected.num_lost == 0
+    assert found.device is not None and found.device.name == chrome.H100["name"] and found.device.capability == "9.0"
+    assert found.vendor == "nvidia" and found.facts["cuda_runtime_version"] == "12080" and found.num_events == len(events)
+
+
+def test_without_steps_the_whole_trace_is_one_call_and_says_so(tmp_path: Path) -> None:
+    trace = foreign.read(chrome.written(tmp_path / "t.json", chrome.document(chrome.gpu_events(has_steps=False))))
+    assert len(trace.steps) == 1 and trace.num_lost == 0
+    assert all(k.step == 0 for k in trace.kernels) and all(o.step == 0 for o in trace.ops)
+    assert any("no ProfilerStep annotations" in note for note in trace.notes)
+
+
+def test_what_was_not_recorded_is_said(tmp_path: Path) -> None:
+    trace = foreign.read(chrome.written(tmp_path / "t.json", chrome.document(chrome.gpu_events(has_shapes=False))))
+    assert any("no shapes" in n for n in trace.notes) and any("no stacks" in n for n in trace.notes)
+    launches = [e for e in chrome.gpu_events() if e.get("cat") not in ("kernel", "gpu_memcpy")]
+    trace = foreign.read(chrome.written(tmp_path / "l.json", chrome.document(launches)))
+    assert trace.device == "cpu" and any("runtime calls and no kernel" in n for n in trace.notes)
+    kernels = [e for e in chrome.gpu_events() if e.get("cat") == "kernel"]
+    trace = foreign.read(chrome.written(tmp_path / "k.json", chrome.document(kernels)))
+    assert any("no host ops" in n for n in trace.notes) and any("no runtime calls" in n for n in trace.notes)
+
+
+def test_an_amd_trace_is_read_and_named(tmp_path: Path) -> None:
+    events = chrome.gpu_events(launch="hipLaunchKernel")
+    found = foreign.read_foreign(chrome.written(tmp_path / "t.json", chrome.document(events, {"id": 0, "name": "AMD Instinct MI300X"})))
+    assert found.vendor == "amd" and any("AMD trace" in n for n in found.trace.notes)
+    assert all(k.op is not None for k in found.trace.kernels)
+
+
+def test_other_accelerators_are_counted_and_not_read(tmp_path: Path) -> None:
+    events = [
+        *chrome.gpu_events(),
+        {"ph": "X", "cat": "xpu_runtime", "name": "urEnqueueKernelLaunch", "ts": 7e12, "dur": 1, "pid": 1, "tid": 1},
+    ]
+    trace = foreign.read(chrome.written(tmp_path / "t.json", chrome.document(events)))
+    assert any("not read here: 1 xpu_runtime" in n for n in trace.notes)
+
+
+def test_steps_of_several_ranks_and_nested_ones_are_told_apart(tmp_path: Path) -> None:
+    events = chrome.gpu_events(3)
+    other = [{**e, "pid": 2} for e in events if str(e.get("name")).startswith("ProfilerStep")][:2]
+    nested = {**next(e for e in events if str(e.get("name")).startswith("ProfilerStep")), "dur": 10.0}
+    nested["ts"] += 100
+    trace = foreign.read(chrome.written(tmp_path / "t.json", chrome.document([*events, *other, nested])))
+    assert len(trace.steps) == 3
+    assert any("threads have steps of their own" in n for n in trace.notes) and any("lie inside others" in n for n in trace.notes)
+
+
+def test_what_the_data_loader_fetched_is_kept(tmp_path: Path) -> None:
+    name = "enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__"
+    fetch = {"ph": "X", "cat": "user_annotation", "name": name, "pid": 1, "tid": 1, "ts": 7.0e12 + 1, "dur": 3.0}
+    trace = foreign.read(chrome.written(tmp_path / "t.json", chrome.document([*chrome.gpu_events(), fetch])))
+    assert [(found.name, found.dur_ns) for found in trace.fetches] == [(name, 3000)]
+
+
+def test_two_devices_are_told(tmp_path: Path) -> None:
+    events = [{**e, "args": {**e["args"], "device": 1}} if e.get("cat") == "gpu_memcpy" else e for e in chrome.gpu_events()]
+    assert any("devices 0, 1" in n for n in foreign.read(chrome.written(tmp_path / "t.json", chrome.document(events))).notes)
+
+
+def test_old_category_names_and_the_array_form_are_read(tmp_path: Path) -> None:
+    old = {"cpu_op": "Operator", "cuda_runtime": "Runtime", "kernel": "Kernel", "gpu_memcpy": "Memcpy"}
+    events = [{**e, "cat": old.get(e.get("cat"), e.get("cat"))} for e in chrome.gpu_events() if e.get("cat") != "gpu_user_annotation"]
+    new = foreign.read(chrome.written(tmp_path / "n.json", chrome.document(chrome.gpu_events())))
+    assert foreign.read(chrome.written(tmp_path / "o.json", json.dumps(events))) == new
+    assert foreign.read(chrome.written(tmp_path / "c.json", json.dumps(events)[:-1] + ",\n]")) == new
+
+
+def _nan(key: str, value: str) -> str:
+    text = json.dumps(chrome.document(chrome.gpu_events(1)))
+    return text.replace(f'"{key}": 7000000000005.0' if key == "ts" else f'"{key}": 120.0', f'"{key}": {value}', 1)
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "empty": (b"", "is empty"),
+    "white space": (b"  \n\t ", "begins with ''"),
+    "binary": (bytes(range(256)) * 8, "no torch.profiler trace"),
+    "a number": (b"42", "no torch.profiler trace"),
+    "a string": (b'"trace"', "no torch.profiler trace"),
+    "an empty object": (b"{}", "no traceEvents"),
+    "other json": (b'{"version": 3, "cells": [1, 2]}', "no traceEvents (it has cells, version)"),
+    "no list": (b'{"traceEvents": {"ph": "X"}}', "are no list"),
+    "no objects": (b'{"traceEvents": [1, 2, 3]}', "no object"),
+    "nested lists": (b'{"traceEvents": [[{"ph": "X"}]]}', "no object"),
+    "no events": (b'{"traceEvents": []}', "without ops or device work"),
+    "only labels": (b'{"traceEvents": [{"ph": "X", "cat": "user_annotation", "name": "a", "ts": 1, "dur": 1}]}', "without ops"),
+    "concatenated": (json.dumps(chrome.document(chrome.gpu_events(1))) * 2, "something after its end"),
+    "a tail": (json.dumps(chrome.document(chrome.gpu_events(1))) + "]", "something after its end"),
+    "twice": ('{"traceEvents": [], "traceEvents": []}', "key 'traceEvents' twice"),
+    "single quotes": ("{'traceEvents': []}", "not valid JSON"),
+    "missing comma": ('{"traceEvents": [{"ph": "X"} {"ph": "X"}]}', "',' was expected"),
+    "broken event": ('{"traceEvents": [{"ph": "X"}, {"ph": X}, {"ph": "X"}' + " " * 100 + "]}", "not valid JSON"),
+    "negative duration": (_nan("dur", "-3.0"), "dur '-3.0'"),
+    "nan ts": (_nan("ts", "NaN"), "ts 'nan'"),
+    "infinite ts": (_nan("ts", "1e999"), "ts 'inf'"),
+    "text ts": (_nan("ts", '"now"'), "ts 'now'"),
+    "true ts": (_nan("ts", "true"), "ts 'True'"),
+    "far ts": (_nan("ts", "1e30"), "ts '1e+30'"),
+    "infinite duration": (_nan("dur", "Infinity"), "dur 'inf'"),
+    "null duration": (_nan("dur", "null"), "dur 'None'"),
+    "a list as name": ('{"traceEvents": [{"ph": "X", "cat": "cpu_op", "name": ["a"], "ts": 1, "dur": 1}]}', "cannot be"),
+    "nested lists without end": ('{"traceEvents": [{"ph": "X", "args": ' + "[" * 200_000, "nested deeper"),
+    "nested objects": ('{"traceEvents": [{"ph": "X", "args": ' + '{"a":' * 200_000, "nested deeper"),
+    "nested header": ('{"a": ' + "[" * 200_000 + "]" * 200_000 + "}", "nested deeper"),
+    "a number without end": ('{"baseTimeNanoseconds": ' + "9" * 10_000 + "}", "not valid JSON"),
+    "not gzip after all": (b"\x1f\x8b" + b"x" * 100, "damaged gzip"),
+    "half a gzip": (gzip.compress(json.dumps(chrome.document(chrome.gpu_events(50))).encode())[:-200], "truncated or damaged gzip"),
+    "zstandard": (b"\x28\xb5\x2f\xfd" + b"x" * 100, "is a zstd file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_refused_with_a_reason_and_a_remedy(name: str, tmp_path: Path) -> None:
+    data, said = BAD[name]
+    path = tmp_path / "trace.json"
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    with pytest.raises(BadInput) as refused:
+        foreign.read(path)
+    assert said in refused.value.message and refused.value.fix and "\n" not in refused.value.message
+    assert str(tmp_path) not in refused.value.message
+
+
+def test_a_zip_and_a_folder_and_nothing_are_refused(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("trace.json", "{}")
+    (tmp_path / "trace.zip").write_bytes(file.getvalue())
+    for path, said in ((tmp_path / "trace.zip", "is a zip file"), (tmp_path, "is no file"), (tmp_path / "gone.json", "does not exist")):
+        with pytest.raises(BadInput, match=said):
+            foreign.read(path)
+
+
+@pytest.fixture(scope="module")
+def text() -> bytes:
+    return json.dumps(chrome.document(chrome.gpu_events(2), chrome.H100), indent=1).encode()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(share=st.floats(0.0, 0.9999), is_gzip=st.booleans(), chunk=st.sampled_from([64, 333, 1 << 20]))
+def test_every_prefix_of_a_trace_is_refused(
+    text: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, is_gzip: bool, chunk: int
+) -> None:
+    monkeypatch.setattr(json_stream, "CHUNK_BYTES", chunk)
+    path = tmp_path / "t.json"
+    cut = text[: int(len(text) * share)]
+    path.write_bytes(gzip.compress(cut) if is_gzip else cut)
+    with pytest.raises(BadInput):
+        foreign.read(path)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(chunk=st.integers(5, 700))
+def test_where_chunks_are_cut_changes_nothing(text: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    path = tmp_path / "t.json"
+    path.write_bytes(text)
+    monkeypatch.setattr(json_stream, "CHUNK_BYTES", 1 << 20)
+    whole = foreign.read_foreign(path)
+    monkeypatch.setattr(json_stream, "CHUNK_BYTES", chunk)
+    assert foreign.read_foreign(path) == whole
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.text(max_size=40) | st.sampled_from(["},{", '"}, {"ph"', "}, {", "a\x00b", "\x1f"]), chunk=st.sampled_from([40, 200, 1 << 20])
+)
+def test_any_name_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, chunk: int) -> None:
+    monkeypatch.setattr(json_stream, "CHUNK_BYTES", chunk)
+    events = [
+        {"ph": "X", "cat": "cpu_op", "name": name, "ts": i * 10, "dur": 5, "pid": 1, "tid": 1, "args": {"b": [{"c": 1}, {"d": 2}]}}
+        for i in range(6)
+    ]
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps({"traceEvents": events}, ensure_ascii=False), encoding="utf-8", errors="replace")
+    assert [op.name for op in foreign.read(path).ops] == [name.encode(errors="replace").decode()] * 6
+
+
+def test_control_characters_and_broken_utf8_in_names_are_no_reason_to_refuse(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.write_bytes(b'\xef\xbb\xbf{"traceEvents": [{"ph": "X", "cat": "cpu_op", "name": "a\x01\xff", "ts": 1, "dur": 1}]}')
+    assert foreign.read(path).ops[0].name == "a\x01�"
+
+
+def test_a_gzip_bomb_is_refused_early(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.json.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(b'{"traceEvents": [')
+        for _ in range(96):
+            file.write(b" " * (1 << 20))
+    with pytest.raises(BadInput, match="bomb"):
+        foreign.read(path)
+
+
+def test_limits_are_kept_and_can_be_raised(tmp_path: Path) -> None:
+    path = chrome.written(tmp_path / "t.json", chrome.document(chrome.gpu_events(20)))
+    squeezed = chrome.written(tmp_path / "t.json.gz", chrome.document(chrome.gpu_events(20)))
+    for file in (path, squeezed):
+        with pytest.raises(BadInput, match="at most") as refused:
+            foreign.read(file, max_bytes=10_000)
+        assert "--trace-limit" in refused.value.fix
+    with pytest.raises(BadInput, match="more than 50 events"):
+        foreign.read(path, max_events=50)
+    assert len(foreign.read(path, max_events=5000).kernels) == 40
+
+
+def test_one_event_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_stream, "MAX_VALUE_CHARS", 100_000)
+    monkeypatch.setattr(json_stream, "CHUNK_BYTES", 10_000)
+    path = chrome.written(tmp_path / "t.json", '{"traceEvents": [{"ph": "X", "name": "' + "a" * 1_000_000 + '"}]}')
+    with pytest.raises(BadInput, match="one value of more than"):
+        foreign.read(path)
+
+
+def test_garbage_collection_is_on_again_after_a_refusal(tmp_path: Path) -> None:
+    import gc
+
+    with pytest.raises(BadInput):
+        foreign.read(chrome.written(tmp_path / "t.json", "{"))
+    assert gc.isenabled()
+
+
+@pytest.mark.slow
+def test_a_million_events_take_under_20_seconds_and_2_gib(tmp_path: Path) -> None:
+    path = tmp_path / "million.json"
+    step = chrome.gpu_events(1)[1:]
+    with path.open("w") as file:
+        file.write('{"schemaVersion": 1, "traceEvents": [')
+        for number in range(1_000_000 // len(step) + 1):
+            for at, event in enumerate(step):
+                moved = {**event, "ts": event["ts"] + number * 1000.0}
+                if str(event["name"]).startswith("ProfilerStep"):
+                    moved["name"] = f"ProfilerStep#{number}"
+                if "args" in event:
+                    moved["args"] = {k: v + number * 10 if k in ("correlation", "External id") else v for k, v in event["args"].items()}
+                file.write(("," if number or at else "") + json.dumps(moved))
+        file.write("]}")
+    script = textwrap.dedent(
+        """
+        import resource, sys, time
+        from pathlib import Path
+        from gpuopt.profiling import foreign
+        began = time.process_time()
+        found = foreign.read_foreign(Path(sys.argv[1]))
+        print(found.num_events, time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        """
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    num_events, seconds, peak_kib = (float(word) for word in out.stdout.split())
+    assert num_events >= 1_000_000 and seconds < 20 and peak_kib < 2 * 2**20
