@@ -1,7 +1,7 @@
 """gpuopt: profile, convert, compile and bench models against the roofline, with proof.
 
 The verbs of the command line are functions here: `gpuopt.profile(model, inputs)`, `gpuopt.bench(model, inputs)`,
-`gpuopt.convert(model, ...)`, `gpuopt.compile(model, inputs, ...)`, `gpuopt.load("bundle/")`.
+`gpuopt.convert(model, ...)`, `gpuopt.compile(model, inputs, ...)`, `gpuopt.load("bundle/")`. `with gpuopt.record() as seen:` observes a program.
 """
 
 from __future__ import annotations
@@ -12,12 +12,17 @@ from gpuopt._version import __version__
 
 if TYPE_CHECKING:
     from gpuopt.api import bench, compile, convert, load, profile
+    from gpuopt.script.recorder import record
 
-__all__ = ["__version__", "bench", "compile", "convert", "load", "profile"]
+__all__ = ["__version__", "bench", "compile", "convert", "load", "profile", "record"]
 
 
 def __getattr__(name: str) -> Any:
     """Import the verbs on first use: `import gpuopt` must not import torch."""
+    if name == "record":
+        from gpuopt.script import recorder
+
+        return recorder.record
     if name in __all__:
         from gpuopt import api
 

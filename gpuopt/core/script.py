@@ -22,6 +22,8 @@ class Script:
     """From the first moment of recording to the last."""
     overhead_s: float = 0.0
     """What observing itself took of that, by its own clock."""
+    tracing_s: float = 0.0
+    """What starting, stopping and writing a profiler took of it, where one ran; not in `overhead_s`."""
     notes: tuple[str, ...] = ()
     """What could not be observed, and why."""
 
@@ -35,6 +37,7 @@ class ModelCalls:
     num_calls: int
     wall_s: float
     line: str = ""
+    """Where it is called most often."""
     is_data_parallel: bool = False
     inputs: tuple[str, ...] = ()
     """Tensor specs of the commonest call."""
@@ -63,6 +66,8 @@ class Load:
     bytes: float = 0.0
     in_calls: int = 0
     """How many of them happened while a model was being called."""
+    at_start: int = 0
+    """How many of them happened before any model was called: that is where loading belongs, in however many pieces."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -115,6 +115,17 @@ class ModuleRange:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fetch:
+    """A batch asked of a torch DataLoader: no op, for the host computes what it likes meanwhile, or waits for a worker."""
+
+    name: str
+    """`enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__`."""
+    start_ns: int
+    dur_ns: int
+    thread: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
     """What ran, where and when, over a few steps. No figure in it is a latency: tracing stretches the host side."""
 
@@ -126,6 +137,7 @@ class Trace:
     ops: tuple[CpuOp, ...] = ()
     """Indexed by `CpuOp.index`."""
     modules: tuple[ModuleRange, ...] = ()
+    fetches: tuple[Fetch, ...] = ()
     num_lost: int = 0
     """Device events outside every step: they belong to nobody."""
     notes: tuple[str, ...] = ()

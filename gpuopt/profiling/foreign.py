@@ -79,7 +79,7 @@ def read_foreign(path: Path, *, max_bytes: int = MAX_BYTES, max_events: int = MA
     ------
     BadInput: no such file, empty, truncated, larger than a limit, no JSON, no trace, a second document behind the first, or times that cannot be.
     """
-    with _uncollected():
+    with uncollected():
         kept = _Kept(path.name, max_events)
         with opened(path, max_bytes=max_bytes, export=_EXPORT) as stream:
             _document(stream, kept)
@@ -87,7 +87,7 @@ def read_foreign(path: Path, *, max_bytes: int = MAX_BYTES, max_events: int = MA
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """No garbage collection meanwhile: millions of small values that all stay, walked again and again, would double the time."""
     was_on = gc.isenabled()
     gc.disable()
@@ -231,9 +231,10 @@ class _Kept:
         if category in ("user_annotation", "cpu_op") and _STEP.fullmatch(name):
             thread = self._thread(event)
             self.steps.setdefault(thread, []).append(_mark(STEP, thread, start, dur))
-        elif category == "user_annotation" and (name == STEP or name.startswith(MODULE)):
+        elif category == "user_annotation":
+            # Our own marks, the data loader's, a user's record_function: few, and `from_chrome` knows which it reads.
             self.has_own_steps |= name == STEP
-            self.events.append(_mark(name, self._thread(event), start, dur))
+            self.events.append(_mark(self._names.setdefault(name, name), self._thread(event), start, dur))
         elif category == "python_function":
             self.num_stacks += 1
             if name.startswith(_NN_MODULE):
@@ -258,7 +259,7 @@ class _Kept:
 
     def foreign(self) -> Foreign:
         """Everything that was kept, through `from_chrome`. Raises BadInput where there is nothing to explain."""
-        if not self.events:
+        if not self.seen:
             kinds = f": {', '.join(sorted(self.skipped)[:4])}" if self.skipped else ""
             raise BadInput(f"{self.name} is a trace without ops or device work ({self.num_events} events{kinds})", fix=_RECORD)
         notes = [*self._steps(), *self._modules(), *self._missing()]
