@@ -95,7 +95,12 @@ def _waterfall(run: Run) -> Iterator[_Slice]:
     if run.waterfall is None:
         return
     start = 0
-    yield _Slice("one call, untraced", 0, max(0, round(run.waterfall.wall_ms * 1e6)), {"method": clean(run.waterfall.method)})
+    yield _Slice(
+        "one call, traced" if run.backend == "trace" else "one call, untraced",
+        0,
+        max(0, round(run.waterfall.wall_ms * 1e6)),
+        {"method": clean(run.waterfall.method)},
+    )
     limit = round(run.waterfall.wall_ms * 1e6)
     for part in run.waterfall.parts:
         length = min(max(0, round(part.ms * 1e6)), max(0, limit - start))

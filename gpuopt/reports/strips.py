@@ -54,6 +54,8 @@ class Stack:
     spans: tuple[Span, ...]
     floors: tuple[Span, ...]
     """Least times the device allows: places without width."""
+    traced: bool = False
+    """The wall time is that of a trace from elsewhere: nobody timed it without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +82,13 @@ def falls(report: Report) -> Falls | None:
     ]
     return Falls(
         stacks=tuple(
-            Stack(label=label(run), wall=f.ms(_wall(run)), spans=tuple(_stack(run, whole)), floors=tuple(_floors(run, whole)))
+            Stack(
+                label=label(run),
+                wall=f.ms(_wall(run)),
+                spans=tuple(_stack(run, whole)),
+                floors=tuple(_floors(run, whole)),
+                traced=run.backend == "trace",
+            )
             for run in runs
         ),
         parts=tuple(_part(name, runs, whole) for name in names if name not in empty),

@@ -52,7 +52,7 @@ def _waterfall(run: Run, suffix: str) -> Bars:
         for part in waterfall.parts
         if part.ms > 0 or part.name == "unaccounted"
     )
-    notes = [f"of {f.ms(wall)} wall time, untraced"]
+    notes = [f"of {f.ms(wall)} wall time, {'traced' if run.backend == 'trace' else 'untraced'}"]
     if allowed := _allowed(run):
         notes.append(allowed)
     if wall > 0 and abs(waterfall.unaccounted_ms) / wall > 0.05:
