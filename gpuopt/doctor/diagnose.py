@@ -17,16 +17,19 @@ def diagnose(evidence: Evidence, *, ignore: Collection[str] = (), table: Mapping
     """Findings, the worst first: errors, then by the middle of the predicted gain.
 
     ignore: codes or names that stay silent. A rule that raises gives one finding under its own code that says so; the others run.
+    What another finding explains is left out: the cause stays, its symptom goes.
     """
     found: list[Finding] = []
-    for rule in (table if table is not None else rules()).values():
+    broken: list[Finding] = []
+    asked = {rule.code: rule for rule in (table if table is not None else rules()).values()}
+    for rule in asked.values():
         if rule.code in ignore or rule.name in ignore or not _has(evidence, rule.needs):
             continue
         try:
             found += [_stamped(finding, rule, evidence) for finding in rule.find(evidence)]
         except Exception as error:  # noqa: BLE001 - any rule may be wrong about a model nobody has seen; the others must still be heard
             first = next((line for line in str(error).splitlines() if line.strip()), "")
-            found.append(
+            broken.append(
                 Finding(
                     code=rule.code,
                     rule=rule.name,
@@ -35,7 +38,16 @@ def diagnose(evidence: Evidence, *, ignore: Collection[str] = (), table: Mapping
                     fix=f"report it; --ignore {rule.code} goes without it",
                 )
             )
-    return tuple(sorted(found, key=lambda f: (_ORDER.get(f.severity, 3), -_middle(f), f.code, f.module or "")))
+    told = [*(f for f in found if not any(_explains(asked[cause.code], cause, f) for cause in found)), *broken]
+    return tuple(sorted(told, key=lambda f: (_ORDER.get(f.severity, 3), -_middle(f), f.code, f.module or "")))
+
+
+def _explains(rule: Rule, cause: Finding, symptom: Finding) -> bool:
+    """Whether one finding is why there is the other: of the same module, or the other names none; of the same op, where both name one."""
+    if symptom.code not in rule.explains:
+        return False
+    is_same_op = cause.op is None or symptom.op is None or cause.op == symptom.op
+    return is_same_op and (symptom.module is None or symptom.module == cause.module)
 
 
 def _has(evidence: Evidence, needs: Iterable[str]) -> bool:

@@ -73,6 +73,11 @@ class Seen:
         return next((source.cause(is_odd) for source in self.made_from if source.kind != "made" and is_odd(source)), self)
 
     @property
+    def operand(self) -> str:
+        """Its name, as a method can be called on it: `(x * self.scale)`."""
+        return self.name if re.fullmatch(r"[\w.]+(\[.*\]|\(.*\))?", self.name) else f"({self.name})"
+
+    @property
     def text(self) -> str:
         """`input x (cpu, float32[2,3])`."""
         words = {"attribute": "plain attribute ", "value": "", "made": ""}.get(self.kind, self.kind + " ")
@@ -105,6 +110,12 @@ class Failed:
     def where(self) -> str:
         """`encoder.layer.0 (BertLayer)`."""
         return f"{self.module_name or 'the model itself'} ({self.module_class})"
+
+    @property
+    def most(self) -> str:
+        """What `usual` counted, as the subject of a sentence."""
+        has_own = self.root is not None and next(self.root.parameters(), None) is not None
+        return "the model's parameters are" if has_own else "most tensors are"
 
     def usual(self, what: str, *, floats: bool = False) -> str | None:
         """The commonest `device` or `dtype` by bytes: of the model's parameters, of the tensors at hand where it has none."""
@@ -233,7 +244,26 @@ def _seen(named: frames.Named, known: Mapping[int, tuple[str, str]], path: Seque
                 sources = frames.operands_of(made[1], place.frame) if made and depth < _DEPTH else []
                 made_from = tuple(_seen(source, known, path, depth + 1) for source in sources if source.tensor is not tensor)
                 return Seen(name=name, kind="value", made_at=made and made[0], made_by=made and made[1], made_from=made_from, **facts)
-    return Seen(name=named.text, kind="value", **facts)
+    passed = _passed(tensor, path)
+    if depth or passed is None:
+        return Seen(name=named.text, kind="value", **facts)
+    caller, words = passed
+    made_from = tuple(
+        _seen(source, known, path, depth + 1) for source in frames.operands_of(words, caller.frame) if source.tensor is not tensor
+    )
+    return Seen(name=_cut(words), kind="value", made_at=caller.line, made_by=_cut(words), made_from=made_from, **facts)
+
+
+def _passed(tensor: torch.Tensor, path: Sequence[frames.Place]) -> tuple[frames.Place, str] | None:
+    """The place outside torch that called a layer of torch's with this tensor, and its words for it: no variable holds `x * self.scale` in `self.fc(x * self.scale)`."""
+    at = next((i for i in range(len(path) - 1, -1, -1) if not path[i].is_torchs), None)
+    call = next((p for p in path[at + 1 :] if p.frame.f_code.co_name == "_call_impl"), None) if at is not None else None
+    tree = frames.expression(path[at]) if at is not None and call is not None else None
+    if at is None or call is None or not isinstance(tree, ast.Call) or any(isinstance(arg, ast.Starred) for arg in tree.args):
+        return None
+    given = call.frame.f_locals.get("args", ())
+    index = next((i for i, value in enumerate(given) if value is tensor), None)
+    return None if index is None or index >= len(tree.args) else (path[at], ast.unparse(tree.args[index]))
 
 
 def _known(root: nn.Module, path: Sequence[frames.Place]) -> Iterator[tuple[int, tuple[str, str]]]:
@@ -282,7 +312,10 @@ def _is_cuda(name: str) -> bool:
 
 
 def _short(tree: ast.expr) -> str:
-    text = ast.unparse(tree)
+    return _cut(ast.unparse(tree))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import sys
 from pathlib import Path
@@ -19,6 +20,28 @@ GROUPS = {
     "7": "Broken models and scripts",
 }
 """First digit of the code -> heading."""
+LOOKS_AT = {
+    "audit": "what the built artifact computes in",
+    "compiled": "torch.compile's counters and logs",
+    "device": "the device and its measured ceilings",
+    "environment": "versions and drivers",
+    "failure": "the exception of a call that failed",
+    "flags": "torch's global switches",
+    "inputs": "the inputs",
+    "measured_ms": "how long was measured",
+    "memory_stats": "the allocator's statistics",
+    "model": "whatever is known of the model",
+    "module": "the model's modules and tensors",
+    "outputs": "the outputs",
+    "packages": "installed packages",
+    "peak_bytes": "the peak of memory",
+    "records": "times, FLOPs and bytes of each op",
+    "script": "a program's calls, loads and waits by source line",
+    "throttled_ms": "how long clocks were lowered",
+    "trace": "a trace of a few calls",
+    "waterfall": "where the time of a call goes",
+}
+"""Field of the evidence -> in words."""
 
 
 def text(asked: str) -> str:
@@ -41,7 +64,7 @@ def page(rule: Rule, *, level: int = 3) -> str:
         "",
         rule.what,
         "",
-        f"**Why it costs.** {rule.why}",
+        f"**Why it matters.** {rule.why}",
         "",
         "Before:",
         "",
@@ -51,12 +74,12 @@ def page(rule: Rule, *, level: int = 3) -> str:
         "",
         *_code(rule.after),
         "",
-        "`--fix` makes this change itself where it can, and measures it."
-        if rule.safe
-        else "The change may alter results or is yours to make: `--fix` leaves it alone, unless `--unsafe-fixes` asks for what gpuopt can do.",
+        _remedy(rule),
         "",
-        f"Looks at: {', '.join(sorted(rule.needs))}." + (f" Source: {rule.source}." if rule.source else ""),
+        f"Looks at {', '.join(LOOKS_AT[name] for name in sorted(rule.needs))}." + (f" Source: {rule.source}." if rule.source else ""),
     ]
+    if rule.explains:
+        lines += ["", f"Findings of {', '.join(sorted(rule.explains))} about the same place are left out beside it: they are its symptoms."]
     return "\n".join(lines) + "\n"
 
 
@@ -69,6 +92,10 @@ def book() -> str:
         "Made from the rules by `python -m gpuopt.doctor.handbook docs`. `gpuopt doctor --explain CODE` shows one of them; "
         '`--ignore CODE`, or `ignore = ["CODE"]` in gpuopt.toml, leaves one out.',
         "",
+        "A finding is an error (wrong or broken), a warning (worth a twentieth of the call or more, or something to change before measuring) or for information. "
+        "Its price is a range: what the change should give back a call, by the ceilings measured on this machine and never more than it takes now; "
+        "`--fix` puts the measured gain beside it.",
+        "",
         "| code | rule | what |",
         "|---|---|---|",
         *(f"| {rule.code} | {rule.name} | {rule.what.replace('|', '/')} |" for rule in table.values()),
@@ -80,8 +107,22 @@ def book() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _remedy(rule: Rule) -> str:
+    """Who makes the change."""
+    if not rule.has_change:
+        return "The change is yours to make."
+    if rule.safe:
+        return "`gpuopt doctor MODEL --fix` makes this change and measures what it gives back."
+    return "It may alter results: `--fix` makes this change only with `--unsafe-fixes`, and measures what it gives back."
+
+
 def _code(code: str) -> list[str]:
-    return ["```python", *code.splitlines(), "```"]
+    try:
+        ast.parse(code)
+        language = "python"
+    except SyntaxError:
+        language = "text"
+    return [f"```{language}", *code.splitlines(), "```"]
 
 
 def main() -> None:

@@ -154,16 +154,10 @@ def is_channels_last(evidence: Evidence) -> bool:
     return False
 
 
-def listed(names: Iterable[str], most: int = 3) -> str:
-    """`a, b, c and 4 more`."""
-    every = [name or "the root" for name in names]
-    rest = len(every) - most
-    return ", ".join(every[:most]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def number(count: int, what: str) -> str:
-    """`1 layer`, `2 layers`."""
-    return f"{count} {what}" + ("" if count == 1 else "s")
+def common(names: Iterable[str]) -> str:
+    """Qualified name of the nearest module around all of these: `layers` for `layers.0.fc` and `layers.1.fc`."""
+    shared, *others = [list(around(name)) for name in names]
+    return next(name for name in shared if all(name in other for other in others))
 
 
 def around(name: str) -> Iterator[str]:

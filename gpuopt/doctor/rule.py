@@ -35,6 +35,10 @@ class Rule:
     find: Find
     source: str = ""
     """Where the threshold or estimate comes from."""
+    has_change: bool = False
+    """Whether gpuopt can make the change itself, at least in some cases: then findings carry it."""
+    explains: frozenset[str] = frozenset()
+    """Codes of symptoms of this cause: their findings about the same place are dropped where this rule found something."""
 
 
 @cache

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from gpuopt.core.trace import Copy, Kernel, RuntimeCall, Trace
+from gpuopt.core.trace import Copy, Fetch, Kernel, RuntimeCall, Trace
 from gpuopt.doctor.evidence import Evidence
 
 _SYNCS = (
@@ -56,25 +56,59 @@ def gaps(trace: Trace) -> tuple[Gap, ...]:
     return tuple(found)
 
 
+def merged(items: Iterable[Kernel | Copy | Fetch]) -> list[tuple[int, int]]:
+    """(start, end) of the times in which any of them ran, disjoint and in order."""
+    found: list[tuple[int, int]] = []
+    for start, end in sorted((i.start_ns, i.start_ns + i.dur_ns) for i in items):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        else:
+            found.append((start, end))
+    return found
+
+
+def overlap_ns(spans: list[tuple[int, int]], start: int, stop: int) -> int:
+    """How much of [start, stop) `merged` spans cover."""
+    total, at = 0, max(0, bisect.bisect_right(spans, (start, start)) - 1)
+    while at < len(spans) and spans[at][0] < stop:
+        total += max(0, min(spans[at][1], stop) - max(spans[at][0], start))
+        at += 1
+    return total
+
+
 def busy_ms(trace: Trace) -> float:
     """Device busy time a call: the union over streams."""
-    total, end = 0, -1
-    for item in work(trace):
-        start, stop = max(item.start_ns, end), item.start_ns + item.dur_ns
-        if stop > start:
-            total += stop - start
-            end = stop
-    return total / num_steps(trace) / 1e6
+    return sum(end - start for start, end in merged(work(trace))) / num_steps(trace) / 1e6
 
 
-def idle_ms(evidence: Evidence) -> float | None:
-    """Idle time a call, untraced: the waterfall's gaps, else wall minus busy. None without a wall time."""
+def fetches(trace: Trace) -> tuple[Fetch, ...]:
+    """Those of the traced calls. The first of an epoch starts the workers, long before."""
+    if not trace.steps:
+        return ()
+    begin, end = trace.steps[0].start_ns, max(s.start_ns + s.dur_ns for s in trace.steps)
+    return tuple(f for f in trace.fetches if f.start_ns < end and f.start_ns + f.dur_ns > begin)
+
+
+LAUNCHING = ("launch gaps", "python and framework")
+"""Parts of the waterfall in which the host is on its way to the next launch: what the replay of a CUDA graph takes away. A wait stays a wait."""
+
+
+def idle_ms(evidence: Evidence, *parts: str) -> float | None:
+    """Idle time a call, untraced: of these parts of the waterfall, of all its idle ones where none is named. Without a waterfall wall minus busy; None without a wall time."""
     assert evidence.trace is not None
     if evidence.waterfall is not None:
-        part = next((p for p in evidence.waterfall.parts if p.name == "launch gaps"), None)
-        if part is not None:
-            return part.ms
+        return evidence.waterfall.ms(*parts) if parts else evidence.waterfall.idle_ms
     return None if evidence.wall_ms is None else max(0.0, evidence.wall_ms - busy_ms(evidence.trace))
+
+
+def between_ms(evidence: Evidence, *parts: str) -> float | None:
+    """Idle time a call of these parts that lies between two pieces of work of one call, and not in a loader: what a program does before its first launch, after its last one
+    and for its next batch is its own affair."""
+    trace = evidence.trace
+    assert trace is not None
+    idle, fetched = idle_ms(evidence, *parts), merged(trace.fetches)
+    inside = sum(gap.dur_ns - overlap_ns(fetched, gap.start_ns, gap.start_ns + gap.dur_ns) for gap in gaps(trace)) / num_steps(trace) / 1e6
+    return None if idle is None else min(idle, inside * stretch(evidence))
 
 
 def stretch(evidence: Evidence) -> float:
@@ -85,7 +119,9 @@ def stretch(evidence: Evidence) -> float:
     idle = idle_ms(evidence)
     if idle is None or traced <= 0:
         return 1.0
-    return min(1.0, idle / traced)
+    # Busy time has no room for the host's part of a copy, which the waterfall keeps apart from idle time.
+    copying = evidence.waterfall.ms("copy calls") if evidence.waterfall is not None else 0.0
+    return min(1.0, (idle + copying) / traced)
 
 
 def usual_gap_ns(trace: Trace) -> float:

@@ -9,12 +9,14 @@ from gpuopt.core.spec import DTYPE_BYTES
 from gpuopt.core.trace import Copy, Trace
 from gpuopt.doctor import modules
 from gpuopt.doctor.evidence import Evidence
-from gpuopt.doctor.timeline import module_of, num_steps
+from gpuopt.doctor.timeline import merged, module_of, num_steps, overlap_ns
 
 SMALL_BYTES = 4096
 """Below this a size says nothing: a bias, a mask and a shape all look alike."""
 LAYERS = 8
 """So many modules that each copy something to the device in every call do not copy inputs."""
+FEW = 0.1
+"""Of the parameters' bytes: weights that add up to less are one table kept on the host on purpose."""
 FLAT = 0.05
 """All parameters in one buffer come this near to their bytes."""
 
@@ -32,7 +34,7 @@ def sent(evidence: Evidence) -> Sent:
     """Copies whose size is an input's are inputs, at most as many a call as there are such inputs; then those whose size is a parameter's are weights.
 
     Where no parameter's size is known, copies made inside `LAYERS` or more different modules are weights. What is left is weights too where it adds up to all parameters,
-    or to half of them in `LAYERS` copies or more: packed otherwise than they are named.
+    or to half of them in `LAYERS` copies or more: packed otherwise than they are named. Weights that are only a `FEW` of all are others.
     """
     trace = evidence.trace
     assert trace is not None
@@ -59,6 +61,8 @@ def sent(evidence: Evidence) -> Sent:
     is_flat = whole is not None and abs(num_bytes - whole) <= FLAT * whole
     if whole and (is_flat or (num_bytes >= whole / 2 and len(others) >= LAYERS * num_steps(trace))):
         weights, others = weights + others, []
+    elif whole and sum(c.bytes for c in weights) / num_steps(trace) < FEW * whole:
+        weights, others = [], weights + others
     return Sent(inputs=tuple(inputs), weights=tuple(weights), others=tuple(others))
 
 
@@ -89,22 +93,9 @@ def parameter_bytes(evidence: Evidence) -> float | None:
 
 def exposed_ms(trace: Trace, copies: tuple[Copy, ...]) -> float:
     """Milliseconds a call in which one of these copies runs and no kernel does."""
-    kernels = sorted((k.start_ns, k.start_ns + k.dur_ns) for k in trace.kernels if k.step is not None)
-    total, at = 0, 0
-    for copy in sorted(copies, key=lambda c: c.start_ns):
-        start, end = copy.start_ns, copy.start_ns + copy.dur_ns
-        hidden, point = 0, start
-        while at < len(kernels) and kernels[at][1] <= start:
-            at += 1
-        next_at = at
-        while next_at < len(kernels) and kernels[next_at][0] < end:
-            begin, stop = max(kernels[next_at][0], point), min(kernels[next_at][1], end)
-            if stop > begin:
-                hidden += stop - begin
-                point = stop
-            next_at += 1
-        total += copy.dur_ns - hidden
-    return total / num_steps(trace) / 1e6
+    kernels = merged(k for k in trace.kernels if k.step is not None)
+    exposed = sum(c.dur_ns - overlap_ns(kernels, c.start_ns, c.start_ns + c.dur_ns) for c in copies)
+    return exposed / num_steps(trace) / 1e6
 
 
 def held_ms(trace: Trace, copies: tuple[Copy, ...]) -> float:

@@ -24,8 +24,7 @@ def doctor(job: Job, progress: Progress | None = None) -> Report:
     if not job.candidates:
         return _of_machine(job, progress)
     candidate = jobs.only(job)
-    if candidate.backend.name == "eager" and candidate.precision is None and candidate.transforms == Transforms():
-        job = replace(job, bench=replace(job.bench, verify="off"))
+    asked, job = job, _as_is(job, candidate)
     machine = jobs.surveyed(job, progress)
     with jobs.seated(candidate, job, progress) as seat:
         found = _diagnosed(seat, job, machine)
@@ -35,11 +34,17 @@ def doctor(job: Job, progress: Progress | None = None) -> Report:
     if seat.error is not None and not any(f.severity == "error" for f in found):
         raise seat.error
     if job.fix and seat.ok:
-        found, more = _fixed(job, machine, candidate, found, progress)
+        found, more = _fixed(asked, machine, candidate, found, progress)
         runs = more or runs
     report = jobs.finish(job, machine.found, runs, progress)
     report = replace(report, findings=(*found, *(f for f in report.findings if f.code == "guessed-inputs")))
     return replace(report, gates=(*report.gates, *_judged(found, job.fail_on)))
+
+
+def _as_is(job: Job, candidate: Candidate) -> Job:
+    """Without verification where nothing is changed: there is nothing to verify, and a change that --fix makes is compared with it all the same."""
+    is_plain = candidate.backend.name == "eager" and candidate.precision is None and candidate.transforms == Transforms()
+    return replace(job, bench=replace(job.bench, verify="off")) if is_plain else job
 
 
 def _of_machine(job: Job, progress: Progress) -> Report:
@@ -92,7 +97,7 @@ def _fixed(
         seats = []
         for one in (candidate, *tried):
             seat = stack.enter_context(jobs.seated(one, job, progress))
-            jobs.prepare(seat, replace(job, verb="bench"))
+            jobs.prepare(seat, replace(_as_is(job, one), verb="bench"))
             seats.append(seat)
         live = [seat for seat in seats if seat.ok]
         if len(live) > 1:
@@ -102,13 +107,18 @@ def _fixed(
         return found, [seat.run for seat in seats]
     before_ms = median(base.sampled.samples_ns) / 1e6
     gains = {
-        codec.digest(change): before_ms - median(seat.sampled.samples_ns) / 1e6
+        codec.digest(change): (
+            before_ms - median(seat.sampled.samples_ns) / 1e6,
+            seat.run.relative is not None and seat.run.relative.verdict != "inconclusive",
+        )
         for change, seat in zip(changes, seats[1:])
         if seat.ok and seat.sampled.samples_ns
     }
-    return tuple(measured(f, gains.get(codec.digest(f.change)) if f.change is not None else None) for f in found), [
-        seat.run for seat in seats
-    ]
+    told = []
+    for finding in found:
+        gain_ms, decided = gains.get(codec.digest(finding.change), (None, False)) if finding.change is not None else (None, False)
+        told.append(measured(finding, gain_ms, decided=decided))
+    return tuple(told), [seat.run for seat in seats]
 
 
 def _together(candidate: Candidate, changes: Iterable[Change]) -> Candidate:
@@ -118,12 +128,13 @@ def _together(candidate: Candidate, changes: Iterable[Change]) -> Candidate:
     return candidate
 
 
-def measured(finding: Finding, gain_ms: float | None) -> Finding:
-    """With what its change gave back, and whether that was predicted."""
+def measured(finding: Finding, gain_ms: float | None, *, decided: bool = True) -> Finding:
+    """With what its change gave back, and whether that was predicted; where the pairs could not decide, neither yes nor no."""
     if gain_ms is None:
         return finding
     low, high = finding.gain_low_ms, finding.gain_high_ms
-    return replace(finding, measured_gain_ms=gain_ms, confirmed=low <= gain_ms <= high if low is not None and high is not None else None)
+    known = decided and low is not None and high is not None
+    return replace(finding, measured_gain_ms=gain_ms, confirmed=(low or 0.0) <= gain_ms <= (high or 0.0) if known else None)
 
 
 def _judged(found: Iterable[Finding], fail_on: str | None) -> tuple[GateResult, ...]:

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gpuopt.core import kernels as kernel_names
 from gpuopt.core.result import SCHEMA_VERSION, Ceilings, Count, Device, OpRecord, Report, RooflinePoint, Run
 from gpuopt.core.trace import Trace
 from gpuopt.devices import peaks
-from gpuopt.doctor import kernels as kernel_names
 from gpuopt.doctor.diagnose import diagnose
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.pipeline import environment

@@ -12,10 +12,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from gpuopt.core.trace import Copy, CpuOp, Kernel, ModuleRange, RuntimeCall, Step, Trace
+from gpuopt.core.trace import Copy, CpuOp, Fetch, Kernel, ModuleRange, RuntimeCall, Step, Trace
 
 STEP = "gpuopt::step"
 MODULE = "module::"
+LOADER = "enumerate(DataLoader)#"
+"""torch.utils.data names each fetch `enumerate(DataLoader)#<class of the iterator>.__next__`: a user annotation, or an op in older traces."""
 
 _COPY = re.compile(r"Memcpy (?P<kind>[A-Za-z]+)(?: \((?P<source>\w+) -> (?P<target>\w+)\))?")
 _COPY_KINDS = {
@@ -70,7 +72,10 @@ def from_chrome(data: Mapping[str, Any], *, device: str, notes: tuple[str, ...] 
     steps = tuple(Step(start_ns=s, dur_ns=d) for s, d, e in sorted(marks, key=lambda m: m[0]) if e["name"] == STEP)
     step_of = _Steps(steps)
     ranges = [(s, d, e) for s, d, e in marks if str(e["name"]).startswith(MODULE)]
-    ops, modules, by_thread = _nest(by_category.get("cpu_op", []), ranges, step_of)
+    calls = by_category.get("cpu_op", [])
+    fetched = [(s, d, e) for s, d, e in (*marks, *calls) if str(e["name"]).startswith(LOADER)]
+    raw_ops = [(s, d, e) for s, d, e in calls if not str(e["name"]).startswith(LOADER)] if fetched else calls
+    ops, modules, by_thread = _nest(raw_ops, ranges, step_of)
     locate = _Locator(ops, by_thread)
     by_external = {op.external_id: op.index for op in ops if op.external_id is not None}
 
@@ -158,6 +163,9 @@ def from_chrome(data: Mapping[str, Any], *, device: str, notes: tuple[str, ...] 
         runtime=tuple(sorted(runtime, key=lambda r: (r.start_ns, r.thread))),
         ops=ops,
         modules=modules,
+        fetches=tuple(
+            Fetch(name=str(e["name"]), start_ns=s, dur_ns=d, thread=_thread(e)) for s, d, e in sorted(fetched, key=lambda f: f[0])
+        ),
         num_lost=sum(k.step is None for k in kernels) + sum(c.step is None for c in copies),
         notes=notes,
     )

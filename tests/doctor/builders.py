@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from gpuopt.core.result import Ceiling, Ceilings, Device
-from gpuopt.core.trace import Copy, CpuOp, Kernel, RuntimeCall, Step, Trace
+from gpuopt.core.trace import Copy, CpuOp, Fetch, Kernel, RuntimeCall, Step, Trace
 from gpuopt.doctor.evidence import Evidence
 
 US = 1_000
@@ -43,6 +43,7 @@ class Tape:
         self.copies: list[Copy] = []
         self.runtime: list[RuntimeCall] = []
         self.ops: list[CpuOp] = []
+        self.fetches: list[Fetch] = []
         self.host_ns = 0
         self.device_ns = 0
         self._correlation = 0
@@ -102,18 +103,25 @@ class Tape:
         )
         self.host_ns += dur_ns
 
+    def fetch(self, iterator: str, dur_ns: int) -> None:
+        """A batch asked of a DataLoader."""
+        self.fetches.append(Fetch(name=f"enumerate(DataLoader)#{iterator}.__next__", start_ns=self.host_ns, dur_ns=dur_ns, thread="1/1"))
+        self.host_ns += dur_ns
+
     def trace(self, device: str = "cuda:0") -> Trace:
         """What was written, as one step."""
         end = max(self.host_ns, self.device_ns)
         return Trace(
             device=device, steps=(Step(start_ns=0, dur_ns=end),), kernels=tuple(self.kernels), copies=tuple(self.copies),
-            runtime=tuple(self.runtime), ops=tuple(self.ops),
+            runtime=tuple(self.runtime), ops=tuple(self.ops), fetches=tuple(self.fetches),
         )  # fmt: skip
 
 
 def evidence(tape: Tape | None = None, **more: Any) -> Evidence:
     """On the GPU above; with a tape, its trace and its length as wall time."""
-    base = Evidence(device=GPU, model="test", flags={"matmul_tf32": True, "cudnn_tf32": True, "cudnn_benchmark": True, "grad_enabled": False})
+    base = Evidence(
+        device=GPU, model="test", flags={"matmul_tf32": True, "cudnn_tf32": True, "cudnn_benchmark": True, "grad_enabled": False}
+    )
     if tape is not None:
         trace = tape.trace()
         base = replace(base, trace=trace, wall_ms=trace.steps[0].dur_ns / 1e6)

@@ -382,3 +382,28 @@ def test_modules_of_torchs_own_are_located_without_a_line(index: int) -> None:
     args = (torch.ones(3, 1, 4),) * (3 if isinstance(model, nn.MultiheadAttention) else 1)
     found = diagnosis(failing(model, *args))
     assert found.code in ("GPU703", "GPU706") and found.message
+
+
+class Passing(nn.Module):
+    """What breaks its layer is made within the call of it, and held by no variable."""
+
+    def __init__(self, *, deep: bool = False) -> None:
+        super().__init__()
+        head: nn.Module = nn.Linear(8, 2)
+        self.head = nn.Sequential(nn.ReLU(), nn.Sequential(head)) if deep else head
+        self.table = torch.ones(8, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x * self.table)
+
+
+def test_a_temporary_that_no_variable_holds_is_followed_to_what_it_was_made_of() -> None:
+    found = diagnosis(failing(Passing(), torch.ones(2, 8)))
+    assert found.code == "GPU702" and found.module == "head" and found.line == line_of(Passing, "self.head(x * self.table)")
+    assert "plain attribute table (cpu, float64[8]) is not" in found.message and "register_buffer('table', ….to(torch.float32)" in found.fix
+
+
+def test_what_a_container_of_torchs_made_on_the_way_is_not_taken_for_its_input() -> None:
+    """What reaches the layer is the ReLU's, which only Sequential's own variable holds."""
+    found = diagnosis(failing(Passing(deep=True), torch.ones(2, 8)))
+    assert found.code == "GPU702" and found.module == "head.1.0" and "input (cpu, float64[2,8])" in found.message

@@ -39,6 +39,7 @@ def test_a_seeded_defect_is_found_by_its_rule(name: str) -> None:
         assert "rule failed" not in finding.message
         assert finding.message and finding.fix and finding.severity in ("error", "warning", "info")
         assert "\n" not in finding.message and "\n" not in finding.fix
+        assert finding.change is None or rules()[finding.code].has_change
         low, high = finding.gain_low_ms, finding.gain_high_ms
         assert (low is None) == (high is None)
         if low is not None and high is not None:

@@ -91,8 +91,12 @@ def test_the_dtype_it_runs_in_follows_the_candidates_precision(asked: str | None
     assert modules.running(evidence(precision=asked), stored) == runs
 
 
-def test_names_are_cut_after_the_third() -> None:
-    assert modules.listed(["a", "", "c", "d", "e"]) == "a, the root, c and 2 more"
+@pytest.mark.parametrize(
+    ("names", "around"),
+    [(["layers.0.fc", "layers.1.fc"], "layers"), (["a.b", "a.b"], "a.b"), (["a.b", "a"], "a"), (["layers.1", "layers.10"], "layers"), (["a", "b"], ""), (["", "a"], "")],
+)  # fmt: skip
+def test_what_lies_around_several_modules_is_their_nearest_common_one(names: list[str], around: str) -> None:
+    assert modules.common(names) == around
 
 
 def test_a_namesake_of_another_library_is_not_torchs_class() -> None:

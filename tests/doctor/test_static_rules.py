@@ -144,7 +144,7 @@ def test_a_layer_kept_in_fp32_on_purpose_is_not_mixed() -> None:
     model = nn.Sequential(nn.Linear(4, 4).half(), nn.Linear(4, 4).half(), nn.Linear(4, 2))
     given = evidence(module=model.eval())
     (only,) = found(given, "GPU204")
-    assert only.severity == "error" and "2 is float32" in only.message and "next to 1 in float16" in only.message
+    assert only.severity == "error" and "2 is float32" in only.message and "next to layer 1 in float16" in only.message
     assert found(replace(given, transforms=("keep_fp32:2",)), "GPU204") == []
     assert found(replace(given, flags={"autocast": True}), "GPU204") == []
     model._keep_in_fp32_modules = ["2"]  # type: ignore[assignment]

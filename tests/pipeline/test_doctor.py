@@ -100,6 +100,15 @@ def test_fix_makes_safe_changes_alone_and_sets_what_they_gave_beside_what_was_pr
     assert report.runs[1].relative is not None and report.runs[1].relative.verdict == "faster"
 
 
+def test_a_change_is_verified_though_the_model_as_it_is_was_not(
+    local: Any, tools: Any, models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "diagnose", lambda seat, job, machine: (made_up(Change(precision=Precision.BF16), safe=True),))
+    report = doctor.doctor(replace(tools.job("doctor", tools.candidate(models("net"), N=4)), fix=True))
+    base, changed = report.runs
+    assert base.accuracy is None and changed.accuracy is not None and changed.accuracy.passed
+
+
 def test_several_changes_are_measured_alone_and_together() -> None:
     base = Candidate(model=ModelRef(text="m"))
     made = doctor._together(base, [Change(channels_last=True), Change(fold_batch_norm=True), Change(precision=Precision.FP16)])

@@ -178,3 +178,18 @@ def test_batches_asked_of_a_data_loader_are_kept_apart_from_ops(category):
 def test_other_annotations_are_nothing_to_anybody():
     trace = from_chrome({"traceEvents": [CALL, {**FETCH, "name": "my loop"}]}, device="cpu")
     assert trace.fetches == () and trace.ops == ()
+
+
+def test_the_torch_installed_here_marks_its_data_loader_so(tmp_path):
+    """Recorded, not written down: a new name would silence the rule."""
+    import json
+
+    import torch
+    from torch.utils.data import DataLoader, TensorDataset
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        batches = list(DataLoader(TensorDataset(torch.ones(4, 2)), batch_size=2))
+    recorded.export_chrome_trace(str(tmp_path / "trace.json"))
+    trace = from_chrome(json.loads((tmp_path / "trace.json").read_text()), device="cpu")
+    assert len(trace.fetches) == len(batches) + 1, "the last one finds the end"
+    assert {fetch.name for fetch in trace.fetches} == {FETCH["name"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gpuopt.core.result import Finding
+from gpuopt.doctor import words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -38,11 +39,11 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         names: dict[str, int] = {}
         for call in mine:
             names[call.name] = names.get(call.name, 0) + 1
-        listed = ", ".join(f"{name} {n / steps:.3g}" for name, n in sorted(names.items(), key=lambda i: -i[1])[:4])
+        listed = ", ".join(f"{name} {words.times(n / steps)}" for name, n in sorted(names.items(), key=lambda i: -i[1])[:4])
         finding = Finding(
             code="",
             severity="info",
-            message=f"{'pinned' if is_pinned else 'GPU'} memory is allocated in every traced call: {listed} times, {time_ms:.3g} ms",
+            message=f"{'pinned' if is_pinned else 'GPU'} memory is asked of the driver in every call: {listed}, {words.ms(time_ms)}",
             fix="pin one buffer at the start and copy into it"
             if is_pinned
             else "warm up with the largest shapes, keep torch.cuda.empty_cache() out of the loop, set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",

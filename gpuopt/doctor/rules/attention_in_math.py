@@ -6,11 +6,11 @@ import inspect
 import math
 from collections.abc import Iterator
 
-from gpuopt.core import units
+from gpuopt.core import kernels
 from gpuopt.core.result import Finding
 from gpuopt.core.spec import Change
 from gpuopt.core.trace import Kernel, Trace
-from gpuopt.doctor import kernels, modules, timeline
+from gpuopt.doctor import modules, timeline, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -48,9 +48,8 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     finding = Finding(
         code="",
         severity="warning",
-        message=f"attention runs on its math path: {len(products) / steps:.3g} products ({kernels.short(plain)}) and {len(softmax) / steps:.3g} softmax passes over S x S scores, "
-        f"{time_ms:.3g} ms, {units.format_fraction(min(1.0, time_ms / span_ms))} of the call"
-        + (f", in {modules.listed(where)}" if where else ""),
+        message=f"attention runs on its math path: {words.number(len(products) / steps, 'product')} ({kernels.short(plain)}) and {words.number(len(softmax) / steps, 'softmax pass', 'softmax passes')} over S x S scores, "
+        f"{words.ms(time_ms)}, {words.share(time_ms / span_ms)} of the call" + (f", in {words.listed(where)}" if where else ""),
         fix=fix,
         module=where[0] if len(where) == 1 else None,
         line=modules.line(evidence.module, where[0]) if evidence.module is not None and where else None,
@@ -169,4 +168,5 @@ RULE = Rule(
     needs=frozenset({"trace"}),
     find=find,
     source="BERT-large, 64 x 512, fp16 on an H200: compiled without a mask as input 74 to 103 ms, with one 46 ms",
+    has_change=True,
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from gpuopt.core.result import Finding, OpRecord
 from gpuopt.core.spec import Change
-from gpuopt.doctor import modules, recast
+from gpuopt.doctor import modules, recast, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -35,8 +35,8 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         code="",
         # A compiler fuses the batch norm into the pass over the activation that follows anyway.
         severity="warning" if evidence.backend in modules.EAGER else "info",
-        message=f"{modules.number(len(pairs), 'batch norm')} right behind a layer that could hold the scale and shift ({layer} -> {norm}{', …' if len(pairs) > 1 else ''})"
-        + (f": {taken:.3g} ms" if rows else ""),
+        message=f"{words.number(len(pairs), 'batch norm follows a layer', 'batch norms follow layers')} that could hold {'its' if len(pairs) == 1 else 'their'} scale and shift ({layer} -> {norm}{', …' if len(pairs) > 1 else ''})"
+        + (f": {words.ms(taken)}" if rows else ""),
         fix="torch.nn.utils.fusion.fuse_conv_bn_eval on each pair, --fold-bn, or torch.compile with freezing",
         module=norm,
         line=modules.line(evidence.module, norm),
@@ -45,8 +45,8 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         time_ms=taken if rows else None,
         change=Change(fold_batch_norm=True),
     )
-    # Folding gives the convolution a bias, and eager PyTorch adds it in a pass of its own.
-    new_bias = {norm for layer, norm in pairs if parts[layer].bias is None and not modules.is_a(parts[layer], "Linear")}
+    # Folding gives the convolution a bias, and eager PyTorch on a GPU adds it in a pass of its own; on a CPU, oneDNN adds it inside the convolution.
+    new_bias = {norm for layer, norm in pairs if evidence.on_gpu and parts[layer].bias is None and not modules.is_a(parts[layer], "Linear")}
     left = sum(_pass_ms(evidence, r) for r in rows if r.module in new_bias)
     yield priced(finding, recast.shown_ms(evidence, taken - left), wall_ms=evidence.wall_ms)
 
@@ -73,5 +73,6 @@ RULE = Rule(
     safe=True,
     needs=frozenset({"module"}),
     find=find,
-    source="torch.nn.utils.fusion.fuse_conv_bn_weights; time of the batch norms less that of the biases they leave",
+    source="torch.nn.utils.fusion.fuse_conv_bn_weights; time of the batch norms, on a GPU less that of the biases they leave",
+    has_change=True,
 )

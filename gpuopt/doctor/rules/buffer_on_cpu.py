@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from gpuopt.core import units
 from gpuopt.core.result import Finding
-from gpuopt.doctor import modules, sources
+from gpuopt.doctor import modules, sources, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.modules import Held
 from gpuopt.doctor.rule import Rule
@@ -27,9 +27,9 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         yield Finding(
             code="",
             severity=severity,
-            message=f"{modules.number(len(rest), 'more tensor')} lie apart, in {modules.listed(f.module or '' for f in rest)}",
+            message=f"{words.number(len(rest), 'more tensor')} apart from the model, in {words.listed(f.module or '' for f in rest)}",
             fix="as above, for each",
-            module=rest[0].module,
+            module=modules.common(f.module or "" for f in rest),
             count=len(rest),
             bytes=sum(f.bytes or 0.0 for f in rest),
         )
@@ -54,7 +54,7 @@ def _apart(evidence: Evidence, held: list[Held]) -> Iterator[Finding]:
             )
         else:
             what, fix = f"lies on {h.tensor.device}", f"model.to({home!r}) after the last change to the model"
-        yield _finding(evidence, h, f"{h.kind} {h.name} {what}, {modules.number(homes[home], 'other tensor')} on {home}", fix, "error")
+        yield _finding(evidence, h, f"{h.kind} {h.name} {what}, {words.number(homes[home], 'other tensor')} on {home}", fix, "error")
 
 
 def _left_behind(evidence: Evidence, held: list[Held]) -> Iterator[Finding]:
@@ -81,11 +81,11 @@ def _left_behind(evidence: Evidence, held: list[Held]) -> Iterator[Finding]:
 
 def _finding(evidence: Evidence, h: Held, what: str, fix: str, severity: str, line: str | None = None) -> Finding:
     size = float(h.tensor.numel() * h.tensor.element_size())
-    shape = "x".join(str(n) for n in h.tensor.shape)
+    shape = ",".join(str(n) for n in h.tensor.shape)
     return Finding(
         code="",
         severity=severity,
-        message=f"{what} ({modules.dtype(h.tensor)} {shape}, {units.format_bytes(size)})",
+        message=f"{what} ({modules.dtype(h.tensor)}[{shape}], {units.format_bytes(size)})",
         fix=fix,
         module=h.owner,
         line=line or modules.line(evidence.module, h.owner),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gpuopt.core import units
+from gpuopt.core import kernels
 from gpuopt.core.result import Finding
 from gpuopt.core.spec import Change, Precision
 from gpuopt.core.trace import CpuOp, Kernel, Trace
-from gpuopt.doctor import kernels, modules, timeline
+from gpuopt.doctor import modules, timeline, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.recast import shown_ms
@@ -49,13 +49,13 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         if not group or not time_ms or time_ms < MIN_SHARE * span_ms:
             continue
         target = _target(group)
-        share = units.format_fraction(min(1.0, time_ms / span_ms))
+        share = words.share(time_ms / span_ms)
         where = list(dict.fromkeys(m for k in group if (m := timeline.module_of(trace, k.op))))
         finding = Finding(
             code="",
             severity="info",
-            message=f"{len(group) / steps:.3g} {'weights' if is_weight else 'tensors'} a call are cast{f' to {target.dtype}' if target else ''}: {time_ms:.3g} ms, {share} of the call"
-            + (f", in {modules.listed(where)}" if where else ""),
+            message=f"{words.number(len(group) / steps, 'weight' if is_weight else 'tensor')} a call are cast{f' to {target.dtype}' if target else ''}: {words.ms(time_ms)}, {share} of the call"
+            + (f", in {words.listed(where)}" if where else ""),
             fix=f"cast the weights once instead of autocast: model.{'bfloat16' if target == Precision.BF16 else 'half'}()"
             if is_weight
             else "keep one dtype from layer to layer: make the inputs, masks and buffers in the dtype of the weights, and torch.compile what must change",
@@ -94,4 +94,5 @@ RULE = Rule(
     needs=frozenset({"trace"}),
     find=find,
     source="kernel times in the trace",
+    has_change=True,
 )

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from gpuopt.core.result import Finding
-from gpuopt.doctor import timeline
+from gpuopt.doctor import timeline, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -28,20 +28,20 @@ REMEDIES = (
 
 
 def find(evidence: Evidence) -> Iterator[Finding]:
-    """One finding a reason, priced as the launch gaps of the call, which a replay takes away."""
+    """One finding a reason, priced as the time between launches, which a replay takes away."""
     assert evidence.compiled is not None
     reasons = Counter((_short(reason), _line(reason)) for reason in evidence.compiled.cudagraph_skips)
     if not reasons:
         return
-    gaps_ms = timeline.idle_ms(evidence) if evidence.trace is not None and evidence.trace.on_device else None
+    gaps_ms = timeline.between_ms(evidence, *timeline.LAUNCHING) if evidence.trace is not None and evidence.trace.on_device else None
     total = reasons.total()
     for (reason, line), count in reasons.most_common():
         share_ms = None if gaps_ms is None else gaps_ms * count / total
         finding = Finding(
             code="",
             severity="warning",
-            message=f"CUDA graphs were skipped {count} time{'s' if count > 1 else ''}: {reason}"
-            + (f"; launch gaps take {share_ms:.3g} ms a call" if share_ms else ""),
+            message=f"CUDA graphs were skipped {words.times(count)}: {reason}"
+            + (f"; the GPU idles {words.ms(share_ms)} a call between launches" if share_ms else ""),
             fix=next(
                 (fix for words, fix in REMEDIES if any(word in reason.lower() for word in words)),
                 "remove what the reason names from forward()",
@@ -80,4 +80,5 @@ RULE = Rule(
     needs=frozenset({"compiled"}),
     find=find,
     source="Inductor's own reasons; idle times of the trace, scaled to the untraced wall time",
+    explains=frozenset({"GPU404"}),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gpuopt.core.result import Finding
-from gpuopt.doctor import modules, recast
+from gpuopt.doctor import modules, recast, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.rule import Rule
 
@@ -22,11 +22,11 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     layers = [n for n, part in modules.parts(evidence.module).items() if modules.is_a(part, "_ConvNd")]
     if not layers or (evidence.records and taken < WORTH * busy):
         return
-    share = f": {taken:.3g} of {busy:.3g} ms on the device" if rows else ""
+    share = f": {words.ms(taken)} of {words.ms(busy)} on the device" if rows else ""
     yield Finding(
         code="",
         severity="info",
-        message=f"cudnn.benchmark is off: algorithms of {modules.number(len(layers), 'convolution')} are chosen without trying{share}",
+        message=f"cudnn.benchmark is off: the algorithms of {words.number(len(layers), 'convolution')} are chosen without trying them out{share}",
         fix="torch.backends.cudnn.benchmark = True before the first call, where shapes are fixed: each new shape is tried out once",
         module=rows[0].module if rows else layers[0],
         count=len(layers),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from gpuopt.core import units
 from gpuopt.core.result import Finding
 from gpuopt.core.trace import Copy
-from gpuopt.doctor import modules, timeline
+from gpuopt.doctor import modules, timeline, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.places import Place, spread
 from gpuopt.doctor.price import priced
@@ -61,13 +61,13 @@ def find(evidence: Evidence) -> Iterator[Finding]:
                 bytes=sum(c.bytes for c in copies) / steps,
             )
         )  # fmt: skip
-    trips = f", {returned / steps:.3g} of which come back" if returned else ""
+    trips = f", {words.number(returned / steps, 'copy comes', 'copies come')} back" if returned and len(places) == 1 else ""
 
     def say(place: Place) -> Finding:
         finding = Finding(
             code="",
             severity="info",
-            message=f"{units.format_bytes(place.bytes)} go to the host {place.count:.3g} times a call{place.where} before the last kernel{trips}: {place.time_ms:.3g} ms with the idle time after it",
+            message=f"{units.format_bytes(place.bytes)} go to the host {words.times(place.count)} a call{place.where}, before the last kernel{trips}: {words.ms(place.time_ms)} with the idle time after it",
             fix="keep the tensor on the GPU: the torch op instead of .cpu()/.numpy()/.tolist(), and what is only logged after the call",
             module=None if place.module == "?" else place.module,
             line=modules.line(evidence.module, place.module) if evidence.module is not None and place.module not in (None, "?") else None,

@@ -23,9 +23,9 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         yield Finding(
             code="",
             severity="warning",
-            message=f"{name or 'the model'} is nn.DataParallel {over}{copied}",
+            message=f"{name or 'the model'} is wrapped in nn.DataParallel {over}{copied}",
             fix="use model.module, one process a GPU (torchrun), each with its own share of the requests",
-            module=name,
+            module=name or None,  # the whole of it
             bytes=float(size * max(0, num_gpus - 1)) or None,
             count=num_gpus or None,
         )

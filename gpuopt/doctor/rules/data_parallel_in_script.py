@@ -41,4 +41,5 @@ RULE = Rule(
     needs=frozenset({"script"}),
     find=find,
     source="https://pytorch.org/docs/stable/generated/torch.nn.DataParallel.html recommends DistributedDataParallel",
+    explains=frozenset({"GPU308"}),
 )

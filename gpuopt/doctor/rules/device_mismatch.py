@@ -38,7 +38,9 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     yield Finding(
         code="",
         severity="error",
-        message=f"{failed.where} needs its tensors on one device, the model is on {home}, and elsewhere: {shown}",
+        message=f"{failed.where} meets tensors on different devices: {failed.most} on {home}, but {shown} {'is' if len(strays) == 1 else 'are'} not"
+        if strays
+        else f"{failed.where} meets tensors on different devices: {shown}",
         fix="; ".join(dict.fromkeys(_fix(t, home, failed) for t in strays[:3]))
         or f"bring every tensor of {failed.code or 'that line'} to {home}",
         module=failed.module_name,
@@ -65,7 +67,7 @@ def _fix(tensor: failure.Seen, home: str, failed: failure.Failed) -> str:
     if made is not None:
         at = f" at {tensor.made_at}" if tensor.made_at else f" at {failed.line}" if failed.line else ""
         return f"torch.{made}(…, device={_sibling(tensor, failed, home)}){at}"
-    return f"{tensor.name}.to('{home}')" + (f" where it is made, {tensor.made_at}" if tensor.made_at else "")
+    return f"{tensor.operand}.to('{home}')" + (f" where it is made, {tensor.made_at}" if tensor.made_at else "")
 
 
 def _sibling(tensor: failure.Seen, failed: failure.Failed, home: str) -> str:
@@ -90,4 +92,5 @@ RULE = Rule(
     needs=frozenset({"failure"}),
     find=find,
     source="the exception, its traceback and the tensors in its frames",
+    explains=frozenset({"GPU103"}),
 )

@@ -52,7 +52,9 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         )
         fix = fix or "pass integers: .long()"
     else:
-        message = f"{failed.where} needs one dtype, the model is {home}, and other: {shown}"
+        message = f"{failed.where} meets tensors of different dtypes: " + (
+            f"{failed.most} in {home}, but {shown} {'is' if len(odd) == 1 else 'are'} not" if odd else shown
+        )
         fix = (
             "; ".join(dict.fromkeys(_fix(t, home, failed) for t in odd[:3]))
             or f"cast every tensor of {failed.code or 'that line'} to torch.{home}"
@@ -72,7 +74,8 @@ def find(evidence: Evidence) -> Iterator[Finding]:
 def _fix(tensor: failure.Seen, home: str, failed: failure.Failed) -> str:
     owner, _, leaf = tensor.name.rpartition(".")
     if tensor.kind == "input":
-        return f"{tensor.name}.to(torch.{home}) before the call"
+        whole = "model.float(), or " if home == "float64" else ""
+        return f"{whole}{tensor.name}.to(torch.{home}) before the call"
     if tensor.kind == "parameter":
         return f"model.to(torch.{home}) casts {owner or tensor.name} with the rest" + (
             "; cast at its border what must stay in another dtype" if tensor.dtype == "float32" else ""
@@ -84,15 +87,16 @@ def _fix(tensor: failure.Seen, home: str, failed: failure.Failed) -> str:
             else f"model.to(torch.{home}) after {tensor.name} is set"
         )
     if tensor.kind == "attribute":
-        return f"self.register_buffer('{leaf.partition('[')[0]}', …, persistent=False) in {owner or 'the model'}, so that model.to(dtype) casts it"
+        made = f"….to(torch.{home})" if tensor.dtype == "float64" else "…"
+        return f"self.register_buffer('{leaf.partition('[')[0]}', {made}, persistent=False) in {owner or 'the model'}, so that model.to(dtype) casts it"
     near = next((t.name for t in failed.tensors if t.dtype == home and t.name.isidentifier()), None)
     wanted = f"{near}.dtype" if near else f"torch.{home}"
-    made = frames.factory(tensor.made_by or "")
-    if made is not None:
-        return f"torch.{made}(…, dtype={wanted})" + (
+    factory = frames.factory(tensor.made_by or "")
+    if factory is not None:
+        return f"torch.{factory}(…, dtype={wanted})" + (
             f" at {tensor.made_at}" if tensor.made_at else f" at {failed.line}" if failed.line else ""
         )
-    return f"{tensor.name}.to({wanted})" + (f" where it is made, {tensor.made_at}" if tensor.made_at else "")
+    return f"{tensor.operand}.to({wanted})" + (f" where it is made, {tensor.made_at}" if tensor.made_at else "")
 
 
 RULE = Rule(
@@ -106,4 +110,5 @@ RULE = Rule(
     needs=frozenset({"failure"}),
     find=find,
     source="the exception, its traceback and the tensors in its frames",
+    explains=frozenset({"GPU201", "GPU204"}),
 )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from gpuopt.core import units
 from gpuopt.core.result import Finding, OpRecord
 from gpuopt.core.spec import Change, Precision
-from gpuopt.doctor import modules, recast
+from gpuopt.doctor import modules, recast, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -39,11 +39,11 @@ def find(evidence: Evidence) -> Iterator[Finding]:
 def _timed(evidence: Evidence, rows: list[OpRecord]) -> Finding:
     taken, flops = recast.total_ms(rows), sum(r.flops or 0.0 for r in rows)
     worst = max(rows, key=lambda r: r.time_ns or 0.0)
-    share = f", {taken / evidence.wall_ms:.0%} of the call" if evidence.wall_ms else ""
+    share = f", {words.share(taken / evidence.wall_ms)} of the call" if evidence.wall_ms else ""
     finding = Finding(
         code="",
         severity="warning",
-        message=f"{modules.number(sum(r.count for r in rows), 'fp32 product')} ({units.format_flops(flops)}) without TF32: {taken:.3g} ms{share}; half precision "
+        message=f"{words.number(sum(r.count for r in rows), 'fp32 product')} ({units.format_flops(flops)}) without TF32: {words.ms(taken)}{share}; half precision "
         "(GPU203) is the alternative, the two gains do not add up",
         fix=_SWITCHES,
         module=worst.module,
@@ -65,7 +65,7 @@ def _static(evidence: Evidence, matrix_off: bool, conv_off: bool) -> Iterator[Fi
         yield Finding(
             code="",
             severity="warning",
-            message=f"without TF32: {modules.number(len(layers), 'fp32 layer')}: {modules.listed(layers)}",
+            message=f"{words.number(len(layers), 'fp32 layer')} without TF32: {words.listed(layers)}",
             fix=_SWITCHES,
             module=layers[0],
             count=len(layers),
@@ -84,4 +84,5 @@ RULE = Rule(
     needs=frozenset({"device", "flags"}),
     find=find,
     source="rates are measured on this machine (gpuopt device); PyTorch notes, TensorFloat-32 on Ampere",
+    has_change=True,
 )

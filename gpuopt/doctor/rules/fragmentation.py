@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from gpuopt.core import units
 from gpuopt.core.result import Finding
+from gpuopt.doctor import words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.rule import Rule
 
@@ -25,7 +26,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     if retries <= 0 and not (share > SPLIT and split > WORTH_BYTES):
         return
     pieces = (
-        f"{units.format_bytes(split)} of {units.format_bytes(reserved)} reserved lie in pieces nobody can use ({share:.0%})"
+        f"{units.format_bytes(split)} of {units.format_bytes(reserved)} reserved lie in pieces nobody can use ({words.share(share)})"
         if reserved
         else ""
     )

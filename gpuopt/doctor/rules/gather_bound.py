@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from gpuopt.core import units
+from gpuopt.core import kernels, units
 from gpuopt.core.result import Finding, OpRecord
-from gpuopt.doctor import kernels, modules, recast
+from gpuopt.doctor import modules, recast, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.places import Place, spread
 from gpuopt.doctor.price import priced
@@ -57,8 +57,8 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         finding = Finding(
             code="",
             severity="info",
-            message=f"{place.op}{place.where} moves {units.format_bytes(place.bytes)} in {place.time_ms:.3g} ms: "
-            f"{units.format_fraction(place.bytes / place.time_ms * 1e3 / bandwidth)} of the bandwidth, {units.format_fraction(place.time_ms * 1e6 / total_ns)} of the device time",
+            message=f"{place.op}{place.where} moves {units.format_bytes(place.bytes)} in {words.ms(place.time_ms)}, "
+            f"{words.share(place.bytes / place.time_ms * 1e3 / bandwidth)} of the bandwidth; {words.share(place.time_ms * 1e6 / total_ns)} of the device time",
             fix="sort or deduplicate the indices (torch.unique), keep the table in half precision, fuse the lookups of several tables into one",
             module=None if place.module == "?" else place.module,
             line=modules.line(evidence.module, place.module) if evidence.module is not None and place.module not in (None, "?") else None,

@@ -7,7 +7,7 @@ from typing import Any
 
 from gpuopt.core import units
 from gpuopt.core.result import Finding
-from gpuopt.doctor import modules
+from gpuopt.doctor import modules, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.rule import Rule
 
@@ -28,7 +28,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     yield Finding(
         code="",
         severity="warning",
-        message=f"{modules.number(len(named), 'output')} with requires_grad ({modules.listed(n for n, _ in named)}): a graph of {size}{nodes} nodes keeps {units.format_bytes(kept)} of activations{peak} alive",
+        message=f"{words.number(len(named), 'output')} with requires_grad ({words.listed(n for n, _ in named)}): a graph of {size}{nodes} nodes keeps {units.format_bytes(kept)} of activations{peak} alive",
         fix="with torch.inference_mode(): around the call",
         count=nodes,
         bytes=kept,

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from gpuopt.core.result import Finding
-from gpuopt.doctor import timeline
+from gpuopt.doctor import timeline, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -41,11 +41,11 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     total = sum(places.values())
     idle_ms = border_ms(evidence)
     ranked = sorted(places.items(), key=lambda item: (-item[1], item[0]))
-    graphs = f", {evidence.compiled.num_graphs} graphs in all" if evidence.compiled.num_graphs > 1 else ""
+    graphs = f"; {evidence.compiled.num_graphs} graphs in all" if evidence.compiled.num_graphs > 1 else ""
     for (reason, line), count in ranked[:WORST]:
         yield _priced(
             evidence,
-            f"graph break at {line or 'an unknown line'}, {count} time{'s' if count > 1 else ''}: {reason}{graphs}",
+            f"torch.compile broke the graph {words.times(count)}{'' if line else ' at an unknown line'}: {reason}{graphs}",
             f"{_remedy(reason)}; fullgraph=True makes the next break an error",
             line or None,
             count,
@@ -56,7 +56,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         count = sum(n for _, n in rest)
         share = None if idle_ms is None else idle_ms * count / total
         yield _priced(
-            evidence, f"{count} more graph breaks at {len(rest)} lines", "TORCH_LOGS=graph_breaks names each; fullgraph=True stops at the first", None, count, share
+            evidence, f"{words.number(count, 'more graph break')} at {words.number(len(rest), 'other line')}", "TORCH_LOGS=graph_breaks names each; fullgraph=True stops at the first", None, count, share
         )  # fmt: skip
 
 

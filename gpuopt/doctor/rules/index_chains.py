@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gpuopt.core import units
 from gpuopt.core.result import Finding
-from gpuopt.doctor import modules, timeline
+from gpuopt.doctor import modules, timeline, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.places import Place, spread
 from gpuopt.doctor.price import priced
@@ -56,7 +55,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         finding = Finding(
             code="",
             severity="info",
-            message=f"{place.count:.3g} indexing ops a call in a row{place.where}: {place.time_ms:.3g} ms, {units.format_fraction(min(1.0, place.time_ms / span_ms))} of the call",
+            message=f"{words.number(place.count, 'indexing op')} a call in a row{place.where}: {words.ms(place.time_ms)}, {words.share(place.time_ms / span_ms)} of the call",
             fix="one gather, scatter or torch.where over a mask of fixed shape instead of index, nonzero and index_put",
             module=None if place.module == "?" else place.module,
             line=modules.line(evidence.module, place.module) if evidence.module is not None and place.module not in (None, "?") else None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpuopt.core.accepts import input_names
 from gpuopt.core.result import Finding
-from gpuopt.doctor import failure, frames
+from gpuopt.doctor import failure, frames, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.rule import Rule
 from gpuopt.doctor.rules.shape_mismatch import POSITIONS
@@ -154,7 +154,7 @@ def _finding(
     worst = low if low is not None and low < 0 else high
     held = f"holds {worst}" if worst is not None else "goes beyond it"
     count = (
-        f", {given.outside} such number{'s' if given.outside > 1 else ''}, the first at {list(given.at)}"
+        f"; {words.number(given.outside, 'such number')}, {'the first ' if given.outside > 1 else ''}at {list(given.at)}"
         if given is not None and given.outside
         else ""
     )
@@ -172,7 +172,7 @@ def _finding(
     return Finding(
         code="",
         severity="error",
-        message=f"{where} has {size} rows, and {index} {held}: 0 to {size - 1} is allowed{count}",
+        message=f"{where} has {size} rows, and {index} {held}, where 0 to {size - 1} is allowed{count}",
         fix=fix,
         count=given.outside if given is not None and given.outside else None,
         op=name or None,

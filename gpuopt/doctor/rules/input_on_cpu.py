@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from gpuopt.core import units
 from gpuopt.core.result import Finding
-from gpuopt.doctor import transfers
+from gpuopt.doctor import transfers, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -35,7 +35,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     finding = Finding(
         code="",
         severity="info",
-        message=f"{units.format_bytes(num_bytes)} of inputs travel to the GPU in every call: {transfers.held_ms(trace, copies):.3g} ms in {len(copies) / steps:.3g} copies"
+        message=f"{units.format_bytes(num_bytes)} of inputs travel to the GPU in every call: {words.ms(transfers.held_ms(trace, copies))} in {words.number(len(copies) / steps, 'copy', 'copies')}"
         + (", which is what --input-mode host measures" if is_asked else ""),
         fix="copy the next batch on a second stream while this one computes, or make the inputs on the GPU"
         if is_asked

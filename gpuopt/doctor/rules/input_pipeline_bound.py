@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gpuopt.core import units
 from gpuopt.core.result import Finding
-from gpuopt.doctor import timeline
+from gpuopt.doctor import timeline, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
 
-LOADER = "enumerate(DataLoader)"
-"""torch.utils.data names each fetch `enumerate(DataLoader)#<iterator class>.__next__`."""
 MIN_SHARE = 0.05
 """Of the call: where torch_tb_profiler began to warn of the data loader."""
 
@@ -21,33 +18,26 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     """One finding: the device's idle time while a loader is asked for a batch."""
     trace = evidence.trace
     assert trace is not None
-    asked = [op for op in trace.ops if LOADER in op.name and not any(LOADER in o.name for o in trace.chain(op.parent))]
+    asked = timeline.fetches(trace)
     if not asked or not trace.on_device:
         return
-    spans = sorted(
-        [(k.start_ns, k.start_ns + k.dur_ns) for k in trace.kernels] + [(c.start_ns, c.start_ns + c.dur_ns) for c in trace.copies]
-    )
     steps = timeline.num_steps(trace)
+    busy = timeline.merged((*trace.kernels, *trace.copies))  # of other steps, too: whatever runs meanwhile
     idle_ns, at = 0, 0
-    for op in sorted(asked, key=lambda o: o.start_ns):
-        point, end = op.start_ns, op.start_ns + op.dur_ns
-        while at < len(spans) and spans[at][1] <= point:
-            at += 1
-        inner = at
-        while inner < len(spans) and spans[inner][0] < end:
-            idle_ns += max(0, spans[inner][0] - point)
-            point = max(point, spans[inner][1])
-            inner += 1
-        idle_ns += max(0, end - point)
+    for fetch in asked:
+        start, stop = max(fetch.start_ns, at), fetch.start_ns + fetch.dur_ns
+        if stop > start:
+            idle_ns += stop - start - timeline.overlap_ns(busy, start, stop)
+            at = stop
     idle_ms = idle_ns / steps / 1e6
     span_ms = (evidence.wall_ms or 0.0) or sum(s.dur_ns for s in trace.steps) / steps / 1e6
     if not span_ms or idle_ms < MIN_SHARE * span_ms:
         return
-    is_alone = any("SingleProcess" in op.name for op in asked)
+    is_alone = any("SingleProcess" in fetch.name for fetch in asked)
     finding = Finding(
         code="",
         severity="info",
-        message=f"the GPU idles {idle_ms:.3g} ms a call ({units.format_fraction(min(1.0, idle_ms / span_ms))}) while the data loader makes the next batch"
+        message=f"the GPU idles {words.ms(idle_ms)} a call ({words.share(idle_ms / span_ms)}) while the data loader makes the next batch"
         + (", in this process" if is_alone else ""),
         fix="DataLoader(num_workers=8, pin_memory=True, persistent_workers=True, prefetch_factor=4)"
         + ("" if is_alone else "; it has workers already: more of them, or decode and augment on the GPU"),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from gpuopt.core import kernels
 from gpuopt.core.result import Finding
 from gpuopt.core.trace import CpuOp, Trace
-from gpuopt.doctor import kernels, modules, timeline
+from gpuopt.doctor import timeline, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -60,8 +61,8 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     finding = Finding(
         code="",
         severity="info",
-        message=f"cat copies {there} positions to append {added} along dimension {dim}, {len(found) / steps:.3g} times a call{growth}: {time_ms:.3g} ms"
-        + (f", in {modules.listed(where)}" if where else ""),
+        message=f"cat copies {there} positions to append {added} along dimension {dim}, {words.times(len(found) / steps)} a call{growth}: {words.ms(time_ms)}"
+        + (f", in {words.listed(where)}" if where else ""),
         fix="a static cache written in place: cache_implementation='static', or k_cache.index_copy_(2, position, k) into a tensor of the longest length",
         module=where[0] if len(where) == 1 else None,
         op="aten::cat",

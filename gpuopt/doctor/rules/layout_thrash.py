@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gpuopt.core import units
+from gpuopt.core import kernels
 from gpuopt.core.result import Finding
 from gpuopt.core.spec import Change
 from gpuopt.core.trace import Copy, Trace
-from gpuopt.doctor import kernels, modules, timeline
+from gpuopt.doctor import modules, timeline, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.places import Place, spread
 from gpuopt.doctor.price import priced
@@ -33,16 +33,16 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     passes: list[int] = []
     for item in timeline.work(trace):
         if isinstance(item, Copy):
-            kind = "copy" if item.kind == "d2d" and item.bytes >= MIN_BYTES else ""
+            kind = "strided copy" if item.kind == "d2d" and item.bytes >= MIN_BYTES else ""
         else:
             kind = "" if item.is_memset else kernels.kind(item.name)
-        if kind == "layout":
+        if kind == "nchw-nhwc":
             passes.append(item.dur_ns)
-        elif kind == "copy" and _is_copy(trace, item.op):
+        elif kind == "strided copy" and _is_copy(trace, item.op):
             copied.setdefault(timeline.module_of(trace, item.op), []).append(item.dur_ns)
     total_ms = sum(sum(times) for times in copied.values()) / steps / 1e6
     if total_ms >= MIN_SHARE * span_ms and total_ms:
-        share = units.format_fraction(min(1.0, total_ms / span_ms))
+        share = words.share(total_ms / span_ms)
         places = [
             Place(module=m, op="aten::copy_", count=len(t) / steps, time_ms=sum(t) / steps / 1e6, saved_ms=sum(t) / steps / 1e6)
             for m, t in copied.items()
@@ -52,7 +52,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
             finding = Finding(
                 code="",
                 severity="info",
-                message=f"{place.count:.3g} copies a call change only the layout{place.where}: {place.time_ms:.3g} ms (all such copies {total_ms:.3g} ms, {share} of the call)",
+                message=f"{words.number(place.count, 'copy a call changes', 'copies a call change')} only the layout{place.where}: {words.ms(place.time_ms)} (all such copies: {words.ms(total_ms)}, {share} of the call)",
                 fix="drop .contiguous() before ops that take strides, reshape once at the end, and let the product write the layout the next op reads",
                 module=None if place.module == "?" else place.module,
                 line=modules.line(evidence.module, place.module)
@@ -71,7 +71,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         finding = Finding(
             code="",
             severity="info",
-            message=f"cuDNN turns tensors between NCHW and NHWC {len(passes) / steps:.3g} times a call: {passes_ms:.3g} ms, {units.format_fraction(min(1.0, passes_ms / span_ms))} of it",
+            message=f"cuDNN turns tensors between NCHW and NHWC {words.times(len(passes) / steps)} a call: {words.ms(passes_ms)}, {words.share(passes_ms / span_ms)} of it",
             fix="model.to(memory_format=torch.channels_last), and the inputs too",
             op="nchwToNhwcKernel",
             count=max(1, round(len(passes) / steps)),
@@ -98,4 +98,5 @@ RULE = Rule(
     needs=frozenset({"trace"}),
     find=find,
     source="kernel times in the trace",
+    has_change=True,
 )

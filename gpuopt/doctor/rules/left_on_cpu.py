@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from gpuopt.core import units
 from gpuopt.core.result import Finding
-from gpuopt.doctor import modules
+from gpuopt.doctor import modules, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.rule import Rule
 
@@ -17,7 +17,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     if evidence.device.kind != "cpu" or not evidence.flags.get("gpu_available"):
         return
     count = sum(h.tensor.numel() for h in modules.tensors(evidence.module) if h.kind == "parameter")
-    took = f": {evidence.wall_ms:.4g} ms a call" if evidence.wall_ms else ""
+    took = f": {words.ms(evidence.wall_ms)} a call" if evidence.wall_ms else ""
     weights = f" with {units.format_count(count)} parameters" if count else ""
     yield Finding(
         code="",

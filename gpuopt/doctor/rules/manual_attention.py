@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from gpuopt.core import units
 from gpuopt.core.result import Finding, OpRecord
 from gpuopt.core.spec import DTYPE_BYTES
-from gpuopt.doctor import modules, recast
+from gpuopt.doctor import modules, recast, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -76,8 +76,8 @@ def _block_finding(evidence: Evidence, blocks: list[_Found], is_hf_eager: bool) 
     finding = Finding(
         code="",
         severity="warning",
-        message=f"attention is written out in {modules.number(len(blocks), 'module')} ({modules.listed(b.module for b in blocks)}): matrices of {worst.side}, "
-        f"{units.format_bytes(size)} a call, pass through memory about {passes:.0f} times" + (f"; {taken:.3g} ms" if taken else ""),
+        message=f"attention is written out in {words.number(len(blocks), 'module')} ({words.listed(b.module for b in blocks)}): matrices of {worst.side}, "
+        f"{units.format_bytes(size)} a call, pass through memory about {passes:.0f} times" + (f"; {words.ms(taken)}" if taken else ""),
         fix="attn_implementation='sdpa' in from_pretrained or the config"
         if is_hf_eager
         else "need_weights=False in the call of nn.MultiheadAttention"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from gpuopt.core import units
+from gpuopt.core import kernels
 from gpuopt.core.result import Finding
 from gpuopt.core.spec import BackendSpec, Change
-from gpuopt.doctor import kernels, timeline
+from gpuopt.doctor import timeline, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -19,7 +19,7 @@ MIN_COUNT = 100
 """A call: fewer are soon launched, whatever their length."""
 MIN_SHARE = 0.3
 """Of the call, in short kernels and the gaps between them."""
-FUSABLE = frozenset({"pointwise", "cast", "copy", "norm", "reduction", "softmax", "cat"})
+FUSABLE = frozenset({"pointwise", "cast", "strided copy", "batch norm", "norm", "reduction", "softmax", "cat"})
 FUSED = 0.5
 """Of their kernels' time is left once element-wise chains, norms and reductions are fused: about every second pass goes."""
 ROW_NS = 2_000
@@ -37,7 +37,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     if len(ran) < MIN_COUNT * steps or sorted(k.dur_ns for k in ran)[len(ran) // 2] >= SMALL_NS or not span_ms:
         return
     short_ms = sum(k.dur_ns for k in short) / steps / 1e6
-    gaps_ms = timeline.idle_ms(evidence) or 0.0
+    gaps_ms = timeline.between_ms(evidence, *timeline.LAUNCHING, "idle") or 0.0
     if short_ms + gaps_ms < MIN_SHARE * span_ms:
         return
     fusable = [k for k in short if kernels.kind(k.name) in FUSABLE and not k.name.startswith("triton_")]
@@ -47,8 +47,8 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     finding = Finding(
         code="",
         severity="info",
-        message=f"{len(ran) / steps:.4g} kernels a call, the middle one {sorted(k.dur_ns for k in ran)[len(ran) // 2] / 1e3:.3g} us: short ones take {short_ms:.3g} ms and the gaps between {gaps_ms:.3g} ms, "
-        f"{units.format_fraction(min(1.0, (short_ms + gaps_ms) / span_ms))} of the call; {len(fusable) / steps:.4g} could be fused",
+        message=f"{words.number(len(ran) / steps, 'kernel')} a call, {words.ms(sorted(k.dur_ns for k in ran)[len(ran) // 2] / 1e6)} in the median: the short ones take {words.ms(short_ms)} and the gaps {words.ms(gaps_ms)}, "
+        f"{words.share((short_ms + gaps_ms) / span_ms)} of the call; {words.digits(len(fusable) / steps)} could be fused",
         fix="torch.compile(model): it fuses element-wise ops, norms and reductions into few kernels"
         if is_eager
         else "a larger batch, or CUDA graphs (preset reduce-overhead)",
@@ -71,4 +71,5 @@ RULE = Rule(
     needs=frozenset({"trace"}),
     find=find,
     source="launches take 5 to 20 us in eager PyTorch on an H200's host",
+    has_change=True,
 )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from gpuopt.core import units
 from gpuopt.core.result import Finding
+from gpuopt.doctor import words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.rule import Rule
 
@@ -26,7 +27,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     yield Finding(
         code="",
         severity="warning",
-        message=f"a call peaks at {units.format_bytes(evidence.peak_bytes)} of {units.format_bytes(total)} ({evidence.peak_bytes / total:.0%}): "
+        message=f"a call peaks at {units.format_bytes(evidence.peak_bytes)} of {units.format_bytes(total)} ({words.share(evidence.peak_bytes / total)}): "
         f"{units.format_bytes(max(0, total - evidence.peak_bytes))} left",
         fix=f"a smaller batch ({smaller})"
         + (", or --precision bf16, which halves it" if half else "")

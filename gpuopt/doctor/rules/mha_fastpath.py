@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gpuopt.core.result import Finding
-from gpuopt.doctor import modules
+from gpuopt.doctor import modules, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.rule import Rule
 
@@ -24,8 +24,8 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     yield Finding(
         code="",
         severity="info",
-        message=f"{modules.number(len(layers), 'nn.TransformerEncoderLayer')} on the fast path, one fused op each in eval mode ({modules.listed(layers, 2)}): FLOP counters of others see 0, a hook or "
-        f"export switches it off, and results differ from the slow path by rounding{padded}",
+        message=f"{words.number(len(layers), 'nn.TransformerEncoderLayer')} on the fast path, one fused op each in eval mode ({words.listed(layers, 2)}): most FLOP counters see 0 there, a hook or "
+        f"an export switches it off, and results differ from the slow path by rounding{padded}",
         fix="torch.backends.mha.set_fastpath_enabled(False) compares like with like; torch.compile and exports go without it anyway",
         module=layers[0],
         op="aten._transformer_encoder_layer_fwd",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpuopt.core.result import Finding
-from gpuopt.doctor import modules
+from gpuopt.doctor import modules, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.rule import Rule
 
@@ -40,12 +40,12 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     for index in odd[:MOST]:
         layer = layers[index]
         near = next((layers[i] for i in (index - 1, index + 1) if 0 <= i < len(layers) and layers[i].dtype != layer.dtype), None)
-        border = f", next to {near.name or 'the root'} in {near.dtype}" if near else ""
+        border = f", next to {_called(near)} in {near.dtype}" if near else ""
         elements = sum(p.numel() for p in layer.part.parameters(recurse=False))
         yield Finding(
             code="",
             severity=severity,
-            message=f"{layer.name or 'the root'} is {layer.dtype} ({elements:,} elements) in a {main} model{border}: {cost}",
+            message=f"{_called(layer)} is {layer.dtype} ({elements:,} elements) in a {main} model{border}: {cost}",
             fix=f"model.to(torch.{main}), or keep it on purpose with --keep-fp32 {layer.name}"
             if layer.dtype == "float32"
             else f"model.to(torch.{main})",
@@ -57,11 +57,15 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         yield Finding(
             code="",
             severity=severity,
-            message=f"not in {main}: {modules.number(len(odd) - MOST, 'more layer')}: {modules.listed(layers[i].name for i in odd[MOST:])}",
+            message=f"{words.number(len(odd) - MOST, 'more layer')} not in {main}: {words.listed(layers[i].name for i in odd[MOST:])}",
             fix=f"model.to(torch.{main})",
-            module=layers[odd[MOST]].name,
+            module=modules.common(layers[i].name for i in odd[MOST:]),
             count=len(odd) - MOST,
         )
+
+
+def _called(layer: _Layer) -> str:
+    return f"layer {layer.name}" if layer.name else "the model itself"
 
 
 def _layers(root: Any) -> Iterator[_Layer]:

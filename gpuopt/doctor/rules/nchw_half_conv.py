@@ -7,7 +7,7 @@ from typing import Any
 
 from gpuopt.core.result import Finding, OpRecord
 from gpuopt.core.spec import Change
-from gpuopt.doctor import modules, recast
+from gpuopt.doctor import modules, recast, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -29,13 +29,13 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         return
     layout_ms = sum(_layout_ns(r) for r in rows) / 1e6
     dtype = modules.running(evidence, modules.dtype(next(iter(layers.values())).weight))
-    seen = f"; {recast.total_ms(rows):.3g} ms in them" if rows else ""
-    moved = f", {layout_ms:.3g} ms of it layout changes" if layout_ms else ""
+    seen = f"; {words.ms(recast.total_ms(rows))} in them" if rows else ""
+    moved = f", {words.ms(layout_ms)} of it layout changes" if layout_ms else ""
     worst = max(rows, key=lambda r: r.time_ns or 0.0).module if rows else next(iter(layers))
     finding = Finding(
         code="",
         severity="warning",
-        message=f"{modules.number(len(layers), f'{dtype} convolution')} with NCHW weights ({modules.listed(layers)}): cuDNN's tensor-core kernels want NHWC{seen}{moved}",
+        message=f"{words.number(len(layers), f'{dtype} convolution')} with NCHW weights ({words.listed(layers)}): cuDNN's tensor-core kernels want NHWC{seen}{moved}",
         fix="model.to(memory_format=torch.channels_last), the input too; or --channels-last",
         module=worst,
         line=modules.line(evidence.module, worst),
@@ -94,4 +94,5 @@ RULE = Rule(
     needs=frozenset({"module", "device"}),
     find=find,
     source="PyTorch channels-last tutorial; ResNet-101 fp16 batch 256 on an H200: 38.9 ms NCHW, 23.2 ms NHWC",
+    has_change=True,
 )

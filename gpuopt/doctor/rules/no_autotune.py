@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from gpuopt.core import units
 from gpuopt.core.result import Ceilings, Finding, OpRecord
 from gpuopt.core.spec import BackendSpec, Change
+from gpuopt.doctor import words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -45,7 +46,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     finding = Finding(
         code="",
         severity="info",
-        message=f"{sum(r.count for r, _ in slow)} big products take {time_ms:.3g} ms at {share:.0%} of the ceiling measured here, with the preset {preset}: "
+        message=f"{sum(r.count for r, _ in slow)} big products take {words.ms(time_ms)} at {words.share(share)} of the ceiling measured here, with the preset {preset}: "
         f"the slowest is {worst.op} {worst.shapes} at {units.format_flops_per_s((worst.flops or 0.0) / (worst.time_ns or 1.0) * 1e9)}",
         fix=f"--backend inductor:{PRESETS[preset]}: torch.compile(mode='max-autotune') tries tiles for each product",
         module=worst.module if worst.module != "?" else None,
@@ -83,4 +84,5 @@ RULE = Rule(
     needs=frozenset({"records", "device"}),
     find=find,
     source="ceilings measured on this machine; 85% of them as what a tuned product reaches",
+    has_change=True,
 )

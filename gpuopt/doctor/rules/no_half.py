@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from gpuopt.core import units
 from gpuopt.core.result import Finding
 from gpuopt.core.spec import Change, Precision
-from gpuopt.doctor import recast
+from gpuopt.doctor import recast, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -37,7 +37,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     finding = Finding(
         code="",
         severity="warning",
-        message=f"{flops / whole:.0%} of the FLOPs ({units.format_flops(flops)}) run in {formats}, {taken:.3g} of {busy:.3g} ms on the device, "
+        message=f"{words.share(flops / whole)} of the FLOPs ({units.format_flops(flops)}) run in {formats}, {words.ms(taken)} of {words.ms(busy)} on the device, "
         f"where {half.value} has {_ratio(evidence, products[0].dtype, half):.3g} times the rate and half the bytes{other}",
         fix=f"model.{'half' if half is Precision.FP16 else 'bfloat16'}() and floating inputs likewise, or --precision {half.value}",
         module=worst.module,
@@ -82,4 +82,5 @@ RULE = Rule(
     needs=frozenset({"device", "records"}),
     find=find,
     source="per record max(FLOPs / peak, bytes / bandwidth), measured on this machine (gpuopt device), at the share of it that is reached now",
+    has_change=True,
 )

@@ -32,13 +32,13 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     where = (
         f"{first or 'the root'} is the first module whose output holds NaN or Inf in {dtype} and none in fp32" if first is not None else ""
     )
-    figures = "; ".join(f"{name}: {nan} NaN and {inf} Inf of {total}" for name, nan, inf, total in bad[:3])
+    figures = "; ".join(f"{name} holds {nan} NaN and {inf} Inf of {total}" for name, nan, inf, total in bad[:3])
     can_bf16 = evidence.device is None or evidence.device.kind != "cuda" or bool(evidence.device.ceilings.flops("bfloat16", "measured"))
     keep = f"--keep-fp32 {first}" if first else "--keep-fp32 MODULE"
     yield Finding(
         code="",
         severity="error",
-        message=". ".join(t for t in (where, f"outputs in {dtype}: {figures}" if figures else "") if t)
+        message="; ".join(t for t in (where, f"of the outputs in {dtype}, {figures}" if figures else "") if t)
         + (f" (fp16 ends at {FP16_MAX}, bf16 at 3.4e38)" if is_fp16 else ""),
         fix=f"--precision bf16, or {keep}" if is_fp16 and can_bf16 else keep,
         module=first,
@@ -75,4 +75,5 @@ RULE = Rule(
     needs=frozenset({"model"}),
     find=find,
     source="IEEE 754 binary16",
+    has_change=True,
 )

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from gpuopt.core.result import Finding
-from gpuopt.doctor import timeline
+from gpuopt.doctor import timeline, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -35,7 +35,8 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     finding = Finding(
         code="",
         severity="warning",
-        message=f"{count:.3g} copies between host and device inside the ONNX graph" + (f": {time_ms:.3g} ms a call" if time_ms else ""),
+        message=f"{words.number(count, 'copy', 'copies')} between host and device inside the ONNX graph"
+        + (f": {words.ms(time_ms)} a call" if time_ms else ""),
         fix="give the op next to each copy a GPU kernel (newer opset, another op), or keep shapes constant: --dim fixes them, then the shape ops fold away",
         op=names[0][:80],
         count=max(1, round(count)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gpuopt.core.result import Finding
+from gpuopt.doctor import words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.rule import Rule
 
@@ -29,7 +30,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     yield Finding(
         code="",
         severity="warning" if share >= WORTH else "info",
-        message=f"{share:.2%} of the FLOPs run on the CPU: {elsewhere}; each such node also costs a copy there and one back",
+        message=f"{words.share(share)} of the FLOPs run on the CPU: {elsewhere}; each such node also costs a copy there and one back",
         fix=fix,
         op=CPU,
     )

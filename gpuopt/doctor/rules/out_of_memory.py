@@ -89,4 +89,5 @@ RULE = Rule(
     needs=frozenset({"failure"}),
     find=find,
     source="the exception; a call on fake tensors, whose live bytes are counted; all but the weights taken to grow with the batch",
+    has_change=True,
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gpuopt.core.result import Finding
-from gpuopt.doctor import modules, recast
+from gpuopt.doctor import modules, recast, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -36,12 +36,12 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         return
     rows = [r for r in evidence.records if r.time_ns and not recast.is_attention(r)]
     linear = recast.total_ms(rows)
-    cut = f"; the longest row has {longest} of {width}, cutting there alone takes {trailing:.0%} away" if longest < width else ""
+    cut = f"; the longest row has {longest} of {width}, cutting there alone takes {words.share(trailing)} away" if longest < width else ""
     finding = Finding(
         code="",
         severity="warning",
-        message=f"{total:.0%} of the tokens are padding by {name} ({width} wide){cut}"
-        + (f"; {linear:.3g} ms scale with tokens" if rows else ""),
+        message=f"{words.share(total)} of the tokens are padding, by {name} ({width} wide){cut}"
+        + (f"; {words.ms(linear)} of the call scale with the tokens" if rows else ""),
         fix="sort requests by length and pad each batch to its own longest (bucketing), or pack them: nested tensors, variable-length attention",
         count=width,
         time_ms=linear if rows else None,

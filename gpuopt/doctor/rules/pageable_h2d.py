@@ -6,17 +6,19 @@ from collections.abc import Iterator
 
 from gpuopt.core import units
 from gpuopt.core.result import Finding
+from gpuopt.doctor import timeline, transfers, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
 
 
 def find(evidence: Evidence) -> Iterator[Finding]:
-    """One finding for all pageable host-to-device copies of a call: priced as the same bytes at the pinned rate measured here."""
+    """One finding for all pageable host-to-device copies of a call but those of weights, which are GPU108's: priced as the same bytes at the pinned rate measured here."""
     trace = evidence.trace
     assert trace is not None and evidence.device is not None
-    steps = max(1, len(trace.steps))
-    copies = [c for c in trace.copies if c.kind == "h2d" and c.memory == "pageable" and c.step is not None]
+    steps = timeline.num_steps(trace)
+    found = transfers.sent(evidence)
+    copies = [c for c in (*found.inputs, *found.others) if c.memory == "pageable"]
     if not copies:
         return
     wanted = {c.correlation for c in copies}
@@ -29,7 +31,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     finding = Finding(
         code="",
         severity="info",
-        message=f"{units.format_bytes(num_bytes)} a call reach the GPU through pageable memory: {taken_ms:.3g} ms in {len(copies) / steps:.3g} copies",
+        message=f"{units.format_bytes(num_bytes)} a call reach the GPU through pageable memory: {words.ms(taken_ms)} in {words.number(len(copies) / steps, 'copy', 'copies')}",
         fix="tensor.pin_memory() once, then .to(device, non_blocking=True); DataLoader(pin_memory=True)",
         op="Memcpy HtoD (Pageable -> Device)",
         count=round(len(copies) / steps),

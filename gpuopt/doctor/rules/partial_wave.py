@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from gpuopt.core import units
+from gpuopt.core import kernels
 from gpuopt.core.result import Finding
 from gpuopt.core.trace import Kernel
-from gpuopt.doctor import kernels, timeline
+from gpuopt.doctor import timeline, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.places import Place, spread
 from gpuopt.doctor.price import priced
@@ -85,13 +85,13 @@ def find(evidence: Evidence) -> Iterator[Finding]:
             saved_ms=shown_ms(evidence, time_ns * loss / steps / 1e6),
         )  # fmt: skip
         places.append(place)
-        said[place.op] = f"{blocks} blocks on {num_sms} multiprocessors of {fit} each, {units.format_fraction(1 - loss)} of them busy"
+        said[place.op] = f"{words.number(blocks, 'block')} for {num_sms} multiprocessors that hold {fit} each: {words.share(1 - loss)} busy"
 
     def say(place: Place) -> Finding:
         finding = Finding(
             code="",
             severity="info",
-            message=f"{place.op if place.num_places == 1 else 'further kernels'}{place.where}: {said[place.op] if place.num_places == 1 else 'grids that do not fill the GPU'}, {place.time_ms:.3g} ms in {place.count:.3g} launches",
+            message=f"{place.op if place.num_places == 1 else 'further kernels'}{place.where}: {said[place.op] if place.num_places == 1 else 'grids that do not fill the GPU'}, {words.ms(place.time_ms)} in {words.number(place.count, 'launch', 'launches')}",
             fix="a larger batch, or smaller tiles and split-K: torch.compile(mode='max-autotune') tries them",
             module=place.module,
             op=place.op,

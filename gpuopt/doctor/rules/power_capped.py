@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from gpuopt.core import units
 from gpuopt.core.result import Finding
+from gpuopt.doctor import words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.rule import Rule
 from gpuopt.doctor.rules.throttled import BRAKE, HEAT
@@ -28,11 +29,11 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     sustained = device.ceilings.flops(best, "sustained")
     short = device.ceilings.flops(best, "measured")
     ceiling = f": sustained {best} products reach {units.format_flops_per_s(sustained)}" if sustained else ""
-    ceiling += f", {sustained / short:.0%} of the short-run ceiling" if sustained and short else ""
+    ceiling += f", {words.share(sustained / short)} of the short-run ceiling" if sustained and short else ""
     yield Finding(
         code="",
         severity="info",
-        message=f"the GPU ran at its power limit{limit} for {share:.0%} of the time{ceiling}",
+        message=f"the GPU ran at its power limit{limit} for {words.share(share)} of the time{ceiling}",
         fix="judge it by the sustained ceiling; nvidia-smi -q -d POWER shows whether a higher limit is allowed (nvidia-smi -pl W, as root)",
     )
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from gpuopt.core.result import CEILING_OF_DTYPE, Finding
+from gpuopt.doctor import words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -20,13 +21,15 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     wanted = audit.requested or evidence.precision
     if audit.honoured or wanted is None:
         return
-    shares = ", ".join(f"{dtype} {share:.0%}" for dtype, share in sorted(audit.shares.items(), key=lambda item: -item[1])[:SHOWN])
+    shares = ", ".join(
+        f"{words.share(share)} in {dtype}" for dtype, share in sorted(audit.shares.items(), key=lambda item: -item[1])[:SHOWN]
+    )
     layers = "; ".join(audit.exceptions[:SHOWN]) + (f"; and {len(audit.exceptions) - SHOWN} more" if len(audit.exceptions) > SHOWN else "")
     time_ms, saved_ms = _lost_ms(evidence, wanted)
     finding = Finding(
         code="",
         severity="warning",
-        message=f"{wanted} was asked for, and runs {shares or 'an unknown share'} of the FLOPs"
+        message=f"{wanted} was asked for, and the FLOPs run {shares or 'in something else'}"
         + (f": {layers}" if layers else f" ({audit.reason})" if audit.reason else ""),
         fix=_fix(wanted),
         module=audit.exceptions[0].partition(":")[0] if audit.exceptions else None,

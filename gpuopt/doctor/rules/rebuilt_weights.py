@@ -8,7 +8,7 @@ from typing import Any
 
 from gpuopt.core import units
 from gpuopt.core.result import Finding
-from gpuopt.doctor import modules, recast
+from gpuopt.doctor import modules, recast, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -31,8 +31,8 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     finding = Finding(
         code="",
         severity="warning",
-        message=f"rebuilt in every call: {modules.number(len(found), 'weight')} ({', '.join(f'{n} {k}' for k, n in kinds.items())}; {modules.listed(found)}), {units.format_bytes(size)}"
-        + (f", {taken:.3g} ms" if rows else ""),
+        message=f"{words.number(len(found), 'weight is', 'weights are')} rebuilt in every call ({', '.join(f'{n} {k}' for k, n in kinds.items())}: {words.listed(found)}): {units.format_bytes(size)}"
+        + (f", {words.ms(taken)}" if rows else ""),
         fix=f"torch.nn.utils.parametrize.remove_parametrizations(module, {tensor!r}) on each, after loading"
         if new
         else f"torch.nn.utils.remove_{kind}(module) on each, after loading",

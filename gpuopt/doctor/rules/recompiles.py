@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 
 from gpuopt.core.result import Finding
+from gpuopt.doctor import words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.rule import Rule
 
@@ -21,12 +23,12 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     ranked = sorted(by_function.items(), key=lambda item: (-item[1].total(), item[0]))
     for function, guards in ranked[:WORST]:
         guard, _ = guards.most_common(1)[0]
-        others = f" (and {len(guards) - 1} other guards)" if len(guards) > 1 else ""
+        others = f" (and {words.number(len(guards) - 1, 'other guard')})" if len(guards) > 1 else ""
         count = guards.total()
         yield Finding(
             code="",
             severity="warning",
-            message=f"{function} was compiled again {count} time{'s' if count > 1 else ''}: {guard}{others}",
+            message=f"{_name(function)} was compiled again {words.times(count)}: {guard}{others}",
             fix=_fix(guard),
             line=_line(function),
             count=count,
@@ -37,7 +39,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         yield Finding(
             code="",
             severity="warning",
-            message=f"{count} more recompilations of {len(rest)} functions",
+            message=f"{words.number(count, 'more recompilation')} of {words.number(len(rest), 'other function')}",
             fix="TORCH_LOGS=recompiles names the guard of each",
             count=count,
         )
@@ -60,6 +62,11 @@ def _fix(guard: str) -> str:
     return "keep what the guard names the same from call to call; TORCH_LOGS=recompiles shows each"
 
 
+def _name(function: str) -> str:
+    """`forward (model.py:12)` -> `forward`: the line is a field of its own."""
+    return re.sub(r"\s*(?:\(|at )\S*\.py:\d+\)?$", "", function)
+
+
 def _line(function: str) -> str | None:
     """`forward (model.py:12)` or `forward at model.py:12` -> `model.py:12`."""
     word = next((w.strip("()[],") for w in reversed(function.split()) if ".py:" in w), None)
@@ -67,7 +74,10 @@ def _line(function: str) -> str | None:
 
 
 def _first_line(guard: str) -> str:
-    return next((line.strip(" -\t")[:160] for line in guard.splitlines() if line.strip(" -\t")), "no guard named")
+    """Without the number of the graph it belonged to (`0/2: `), which is another one each time."""
+    return next(
+        (re.sub(r"^\d+/\d+: ", "", line.strip(" -\t"))[:160] for line in guard.splitlines() if line.strip(" -\t")), "no guard named"
+    )
 
 
 RULE = Rule(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from gpuopt.core import units
 from gpuopt.core.result import Finding
+from gpuopt.doctor import words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -31,8 +32,8 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         finding = Finding(
             code="",
             severity="warning" if load.seconds >= 0.05 * spent else "info",
-            message=f"{load.what} at {load.line} ran {load.count} times for {calls} calls of the model: {units.format_seconds(load.seconds)}{moved}, "
-            f"{load.seconds / spent:.0%} of loading and calling together",
+            message=f"{load.what} ran {words.times(load.count)} for {words.number(calls, 'call')} of the model: {units.format_seconds(load.seconds)}{moved}, "
+            f"{words.share(load.seconds / spent)} of loading and calling together",
             fix="load once, before the loop, and keep the model on the GPU between calls",
             line=load.line,
             op=load.what,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from gpuopt.core import units
 from gpuopt.core.result import Finding
-from gpuopt.doctor import weights
+from gpuopt.doctor import weights, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.rule import Rule
 from gpuopt.doctor.rules.weights_memory_bound import reads_weights
@@ -40,8 +39,8 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     yield Finding(
         code="",
         severity="info",
-        message=f"at batch {evidence.batch} the products do {found.intensity:.3g} FLOPs a byte where {found.ridge:.3g} would keep {found.dtype} busy: "
-        f"{units.format_fraction(found.weight_bytes / found.bytes)} of their bytes are weights" + (f"; {measured}" if measured else ""),
+        message=f"at batch {evidence.batch} the products do {words.number(found.intensity, 'FLOP')} a byte where {words.digits(found.ridge)} would keep the {found.dtype} units busy: "
+        f"{words.share(found.weight_bytes / found.bytes)} of their bytes are weights" + (f"; {measured}" if measured else ""),
         fix=f"put requests together: compute binds from a batch of {wanted}; gpuopt bench --dim N={evidence.batch},{evidence.batch * 4},{evidence.batch * 16} shows the curve",
         op="aten::mm",
         bytes=found.weight_bytes,
@@ -58,7 +57,7 @@ def _curve(curve: Mapping[int, float], batch: int) -> str | None:
     best = max(gains, key=lambda n: gains[n], default=None)
     if best is None or gains[best] < FLAT:
         return None
-    return f"batch {best} takes {curve[best]:.3g} ms, {gains[best]:.3g} times the samples a second"
+    return f"batch {best} takes {words.ms(curve[best])}, {gains[best]:.3g} times the samples a second"
 
 
 RULE = Rule(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from gpuopt.core.result import Finding
 from gpuopt.core.trace import Trace
-from gpuopt.doctor import modules, timeline
+from gpuopt.doctor import modules, timeline, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.places import Place, spread
 from gpuopt.doctor.price import priced
@@ -65,7 +65,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         finding = Finding(
             code="",
             severity="info",
-            message=f"{place.op.removeprefix('aten::')} waits for the GPU {place.count:.3g} times a call{place.where}: the GPU then idles {place.time_ms:.3g} ms",
+            message=f"{place.op.removeprefix('aten::')} waits for the GPU {words.times(place.count)} a call{place.where}: the GPU then idles {words.ms(place.time_ms)}",
             fix="keep the value on the GPU (torch.where, a mask, a fixed shape), or take what is known on the host; torch.cuda.set_sync_debug_mode('warn') prints the line",
             module=None if place.module == "?" else place.module,
             line=modules.line(evidence.module, place.module) if evidence.module is not None and place.module not in (None, "?") else None,

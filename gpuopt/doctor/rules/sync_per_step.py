@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gpuopt.core.result import Finding
-from gpuopt.doctor import timeline
+from gpuopt.doctor import timeline, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -35,7 +35,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     finding = Finding(
         code="",
         severity="info",
-        message=f"{', '.join(sorted(names))} {len(idle) / steps:.3g} times within a call, from outside any op: the GPU then idles {idle_ms:.3g} ms",
+        message=f"{', '.join(sorted(names))} is called {words.times(len(idle) / steps)} within a call, outside any op: the GPU then idles {words.ms(idle_ms)}",
         fix="remove torch.cuda.synchronize(), print and timing code from the loop; time with CUDA events, and synchronise once at the end",
         op=min(names),
         count=max(1, round(len(idle) / steps)),

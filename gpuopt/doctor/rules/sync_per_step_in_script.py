@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gpuopt.core import units
 from gpuopt.core.result import Finding
+from gpuopt.doctor import words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.rule import Rule
 
@@ -35,7 +35,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         yield Finding(
             code="",
             severity="warning" if site.count / calls >= HIDDEN_PER_CALL else "info",
-            message=f"{site.what} at {site.line} waits for the GPU {site.count / calls:.3g} times a call: {site.count} waits, {units.format_seconds(site.seconds)}",
+            message=f"{site.what} waits for the GPU {words.times(site.count / calls)} a call: {words.number(site.count, 'wait')}, {words.ms(site.seconds * 1e3)} in all",
             fix="remove it: reading a result waits by itself; time with CUDA events"
             if is_explicit
             else "collect results on the GPU and read them once: torch.stack(results).cpu() after the loop",

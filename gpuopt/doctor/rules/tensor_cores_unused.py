@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gpuopt.core import units
+from gpuopt.core import kernels, units
 from gpuopt.core.result import Finding, OpRecord
-from gpuopt.doctor import kernels, modules, recast
+from gpuopt.doctor import modules, recast, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.places import Place, spread
 from gpuopt.doctor.price import priced
@@ -51,7 +51,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         finding = Finding(
             code="",
             severity="info",
-            message=f"{place.op}{place.where} runs {kernel}, which uses no tensor cores: {place.time_ms:.3g} ms at {rate}",
+            message=f"{place.op}{place.where} runs {kernel}, which uses no tensor cores: {words.ms(place.time_ms)} at {rate}",
             fix="make the product's dimensions multiples of 8 (16-bit) or 16 (8-bit), its tensors aligned to 16 bytes, convolutions channels_last with groups of 8 channels or more",
             module=None if place.module == "?" else place.module,
             line=modules.line(evidence.module, place.module) if evidence.module is not None and place.module not in (None, "?") else None,
@@ -67,7 +67,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
 def _plain_kernel(record: OpRecord) -> str | None:
     """The record's product kernel where every product kernel of it is known to use no tensor cores, and is none of VECTOR."""
     products = [name for name in record.kernels if kernels.kind(name) == "product"]
-    if not products or any(kernels.uses_tensor_cores(name) is not False or any(v in name for v in VECTOR) for name in products):
+    if not products or any(kernels.on_tensor_cores(name) is not False or any(v in name for v in VECTOR) for name in products):
         return None
     return products[0]
 
@@ -82,5 +82,5 @@ RULE = Rule(
     safe=False,
     needs=frozenset({"records", "device"}),
     find=find,
-    source="kernel names (gpuopt/doctor/kernels.py) and the measured ceilings",
+    source="kernel names (gpuopt/core/kernels.py) and the measured ceilings",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gpuopt.core.result import Finding
+from gpuopt.doctor import words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.rule import Rule
 
@@ -27,7 +28,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     yield Finding(
         code="",
         severity="warning",
-        message=f"the GPU was slowed by {worst} for {share:.0%} of the {evidence.measured_ms / 1e3:.3g} s measured{_state(evidence)}: these figures are too slow",
+        message=f"the GPU was slowed by {worst} for {words.share(share)} of the {evidence.measured_ms / 1e3:.3g} s measured{_state(evidence)}: these figures are too slow",
         fix="check fans and air flow (nvidia-smi -q -d TEMPERATURE,PERFORMANCE), let it cool, and measure again"
         if worst == "heat"
         else "the server asks the GPU to slow down: check its power supply and the system's power cap, and measure again",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gpuopt.core.result import Finding
-from gpuopt.doctor import modules, recast
+from gpuopt.doctor import modules, recast, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -31,18 +31,19 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     batch = len(active) - random
     harm = " and ".join(
         text
-        for text, n in (("results are random", random), ("batch norms use and overwrite statistics with those of the batch", batch))
+        for text, n in (("results are random", random), ("batch norms normalise by the batch and overwrite their statistics", batch))
         if n
     )
     whole = "the model" if root.training or is_switched else "part of the model"
     state = "came in training mode and was switched to eval to measure it" if is_switched else "is in training mode"
     first = next(iter(active))
-    rows = [r for r in evidence.records if recast.short_name(r) in _RANDOM_OPS and r.time_ns]
+    # Switched to eval, dropout is measured without its cost.
+    rows = [r for r in evidence.records if not is_switched and recast.short_name(r) in _RANDOM_OPS and r.time_ns]
     taken = recast.total_ms(rows)
     finding = Finding(
         code="",
         severity="warning" if is_switched else "error",
-        message=f"{whole} {state}: {counts} active ({modules.listed(active)}); {harm}" + (f"; {taken:.3g} ms in dropout" if rows else ""),
+        message=f"{whole} {state}: {counts} active ({words.listed(active)}); {harm}" + (f"; {words.ms(taken)} in dropout" if rows else ""),
         fix="model.eval() before the first call"
         if root.training or is_switched
         else "model.eval() after the last change: a later .train() or a new layer is in training mode",

@@ -9,7 +9,7 @@ from typing import Any
 
 from gpuopt.core.result import Finding, OpRecord
 from gpuopt.core.spec import DTYPE_BYTES
-from gpuopt.doctor import modules, recast
+from gpuopt.doctor import modules, recast, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -56,11 +56,11 @@ def _finding(evidence: Evidence, record: OpRecord, dims: list[int], to: int, sha
     assert evidence.device is not None
     taken = (record.time_ns or 0.0) / 1e6
     changes = ", ".join(f"{n} -> {-(-n // to) * to}" for n in dims if n % to)
-    than = f", aligned products {usual:.0%}" if usual is not None else ""
+    than = f", where aligned products reach {words.share(usual)}" if usual is not None else ""
     finding = Finding(
         code="",
         severity="info",
-        message=f"{record.module} multiplies {record.dtype} with dimensions {' x '.join(map(str, dims))}, not multiples of {to}: {taken:.3g} ms at {share:.0%} of its ceiling{than}",
+        message=f"{record.module} multiplies {record.dtype} with dimensions {' x '.join(map(str, dims))}, not multiples of {to}: {words.ms(taken)} at {words.share(share)} of its ceiling{than}",
         fix=f"pad {changes} with zeros and cut the result",
         module=record.module,
         line=modules.line(evidence.module, record.module),

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gpuopt.core import units
+from gpuopt.core import kernels
 from gpuopt.core.result import Finding
 from gpuopt.core.spec import BackendSpec, Change
 from gpuopt.core.trace import CpuOp, Kernel, Trace
-from gpuopt.doctor import kernels, modules, timeline
+from gpuopt.doctor import modules, timeline, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.recast import shown_ms
@@ -61,9 +61,8 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     finding = Finding(
         code="",
         severity="info",
-        message=f"{passes:.3g} element-wise passes a call follow each other over the same tensors in {len(runs) / steps:.3g} chains ({names}): {time_ms:.3g} ms, "
-        f"{units.format_fraction(min(1.0, saved_ms / span_ms))} of the call in passes that fusion saves"
-        + (f", in {modules.listed(where)}" if where else ""),
+        message=f"{words.number(passes, 'element-wise pass', 'element-wise passes')} a call follow each other over the same tensors in {words.number(len(runs) / steps, 'chain')} ({names}): {words.ms(time_ms)}, "
+        f"{words.share(saved_ms / span_ms)} of the call in passes that fusion saves" + (f", in {words.listed(where)}" if where else ""),
         fix="torch.compile(model): it makes one kernel of each chain",
         module=where[0] if len(where) == 1 else None,
         line=modules.line(evidence.module, where[0]) if evidence.module is not None and where else None,
@@ -135,4 +134,5 @@ RULE = Rule(
     needs=frozenset({"trace"}),
     find=find,
     source="bytes of all passes against those of one",
+    has_change=True,
 )

@@ -6,14 +6,12 @@ from collections.abc import Iterator
 
 from gpuopt.core import units
 from gpuopt.core.result import Finding
-from gpuopt.doctor import modules, transfers
+from gpuopt.doctor import transfers, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
 from gpuopt.doctor.timeline import module_of, num_steps
 
-MIN_SHARE = 0.1
-"""Of the parameters' bytes: less is one table kept on the host on purpose."""
 FITS = 0.9
 """Of the device's memory: what the weights may take and still leave room to run."""
 
@@ -26,19 +24,19 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     steps = num_steps(trace)
     num_bytes = sum(c.bytes for c in copies) / steps
     whole = transfers.parameter_bytes(evidence)
-    if not copies or (whole and num_bytes < MIN_SHARE * whole):
+    if not copies:
         return
     time_ms = transfers.held_ms(trace, copies)
-    share = f" ({units.format_fraction(num_bytes / whole)} of the parameters)" if whole else ""
-    of_call = f", {units.format_fraction(min(1.0, time_ms / evidence.wall_ms))} of the call" if evidence.wall_ms else ""
+    share = f" ({words.share(num_bytes / whole)} of the parameters)" if whole else ""
+    of_call = f", {words.share(time_ms / evidence.wall_ms)} of the call" if evidence.wall_ms else ""
     memory = evidence.device.memory_bytes if evidence.device is not None else None
     is_too_large = bool(whole and memory and whole > FITS * memory)
     where = list(dict.fromkeys(m for c in copies if (m := module_of(trace, c.op))))
     finding = Finding(
         code="",
         severity="info",
-        message=f"{units.format_bytes(num_bytes)} of weights{share} are copied to the GPU in every call: {time_ms:.3g} ms in {len(copies) / steps:.3g} copies{of_call}"
-        + (f", in {modules.listed(where)}" if where else ""),
+        message=f"{units.format_bytes(num_bytes)} of weights{share} are copied to the GPU in every call: {words.ms(time_ms)} in {words.number(len(copies) / steps, 'copy', 'copies')}{of_call}"
+        + (f", in {words.listed(where)}" if where else ""),
         fix="the weights do not fit: gpuopt stream keeps them pinned and copies each layer while the one before it runs"
         if is_too_large
         else "load and move the model once, before the loop: model = model.to('cuda'); leave no .to()/load_state_dict() in the call",

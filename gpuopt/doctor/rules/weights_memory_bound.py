@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from gpuopt.core import units
 from gpuopt.core.result import Finding
 from gpuopt.core.spec import DTYPE_BYTES
-from gpuopt.doctor import recast, weights
+from gpuopt.doctor import recast, weights, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
@@ -40,8 +40,8 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     finding = Finding(
         code="",
         severity="info",
-        message=f"{units.format_bytes(found.weight_bytes)} of weights are read in {found.time_ms:.3g} ms at {units.format_bytes_per_s(found.rate)}, "
-        f"{units.format_fraction(found.rate / found.bandwidth)} of the bandwidth, for {found.intensity:.3g} FLOPs a byte (compute binds from {found.ridge:.3g})",
+        message=f"{units.format_bytes(found.weight_bytes)} of weights are read in {words.ms(found.time_ms)} at {units.format_bytes_per_s(found.rate)}, "
+        f"{words.share(found.rate / found.bandwidth)} of the bandwidth, at {words.number(found.intensity, 'FLOP')} a byte (compute binds from {words.digits(found.ridge)})",
         fix="more samples a call (batching costs next to nothing here), or weight-only int8/int4: torchao.quantize_(model, Int8WeightOnlyConfig())",
         op="aten::mm",
         bytes=found.weight_bytes,

@@ -16,7 +16,7 @@ from torch import nn
 from gpuopt.core.live import Inputs
 from gpuopt.core.result import Ceilings, Count, OpRecord, Waterfall, WaterfallPart
 from gpuopt.core.spec import TensorSpec
-from gpuopt.core.trace import Copy, CpuOp, Kernel, RuntimeCall, Step, Trace
+from gpuopt.core.trace import Copy, CpuOp, Fetch, Kernel, RuntimeCall, Step, Trace
 from gpuopt.doctor import timeline, transfers
 from gpuopt.doctor.diagnose import diagnose
 from gpuopt.doctor.evidence import Evidence
@@ -24,6 +24,7 @@ from gpuopt.doctor.price import WIDEST
 from gpuopt.doctor.rule import rules
 from gpuopt.doctor.rules.kv_concat import appended
 from gpuopt.doctor.rules.partial_wave import fill, resident
+from gpuopt.profiling import waterfall
 
 MINE = {
     code: rule
@@ -35,7 +36,7 @@ MINE = {
 NAMES = (GEMM, ADD, COPY, "triton_per_fused__safe_softmax_3", "void at::native::vectorized_gather_kernel<16, long>(char*)", "", "Kernel2")
 OPS = (
     "aten::item", "aten::cat", "aten::index", "aten::index_put_", "aten::contiguous", "aten::to", "aten::_scaled_dot_product_attention_math", "aten::mm",
-    "enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__", "",
+    "",
 )  # fmt: skip
 SHAPES = ((), ((),), ((0,),), ((4, 8, 64, 16), (4, 8, 1, 16)), ((3, 5),), ((7,), (7,), (7,)))
 
@@ -82,6 +83,10 @@ def traces(draw: st.DrawFn) -> Trace:
             )
         ),
         ops=tuple(ops),
+        fetches=tuple(
+            Fetch(name="enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__", start_ns=draw(small), dur_ns=draw(small), thread="1/1")
+            for _ in range(draw(st.integers(0, 2)))
+        ),
     )  # fmt: skip
 
 
@@ -286,3 +291,95 @@ def test_copies_that_were_asked_for_are_told_and_not_priced() -> None:
     (asked,) = (f for f in diagnose(replace(seen, input_mode="host"), table=MINE) if f.code == "GPU102")
     assert own.severity == "warning" and own.gain_high_ms is not None
     assert asked.severity == "info" and asked.gain_high_ms is None and "--input-mode host" in asked.message
+
+
+def test_a_graph_is_not_promised_what_the_hosts_own_waits_cost() -> None:
+    """Twice the same launches, once with a wait after every tenth: the launches are worth the same."""
+
+    def seen(*, waits: bool) -> Evidence:
+        tape = Played()
+        for at in range(100):
+            tape.host_ns += 15 * US
+            tape.run("aten::mm", GEMM, 12 * US, host_ns=15 * US)
+            if waits and at % 10 == 9 and at < 99:
+                # A wait returns a little after the device is done.
+                tape.call("cudaDeviceSynchronize", "sync", tape.device_ns - tape.host_ns + 3 * US)
+                tape.host_ns += 400 * US
+        tape.wait("cudaDeviceSynchronize")
+        return evidence(tape, waterfall=waterfall.build(tape.trace(), tape.ms, GPU.ceilings, ()))
+
+    (plain,) = (f for f in diagnose(seen(waits=False), table=MINE) if f.code == "GPU404")
+    (waiting,) = (f for f in diagnose(seen(waits=True), table=MINE) if f.code == "GPU404")
+    assert plain.gain_high_ms is not None and waiting.gain_high_ms == pytest.approx(plain.gain_high_ms, rel=0.05)
+    assert "for the host's own waits" in waiting.message and "own waits" not in plain.message
+
+
+def test_a_graph_is_not_promised_what_the_program_does_between_its_calls() -> None:
+    """As in a script, where a call ends when the next one starts: five milliseconds of Python follow the last launch, or a loader is asked halfway."""
+
+    def seen(after_ns: int, *, fetch_ns: int = 0) -> Evidence:
+        tape = Played()
+        for at in range(100):
+            if at == 50 and fetch_ns:
+                tape.fetch("_SingleProcessDataLoaderIter", fetch_ns)
+            tape.run("aten::mm", GEMM, 12 * US, host_ns=30 * US)
+        tape.host_ns += after_ns
+        return evidence(tape, waterfall=waterfall.build(tape.trace(), tape.ms, GPU.ceilings, ()))
+
+    cases = (seen(0), seen(5 * MS), seen(0, fetch_ns=5 * MS))
+    (alone,), (after,), (halfway,) = ([f for f in diagnose(case, table=MINE) if f.code == "GPU404"] for case in cases)
+    assert alone.gain_high_ms is not None
+    assert after.gain_high_ms == pytest.approx(alone.gain_high_ms, rel=0.02) and halfway.gain_high_ms == pytest.approx(
+        alone.gain_high_ms, rel=0.02
+    )
+
+
+def test_idle_time_is_the_waterfalls_parts_or_the_wall_less_the_busy_time() -> None:
+    tape = Played()
+    tape.run("aten::mm", GEMM, 100 * US, host_ns=100 * US)
+    parts = tuple(WaterfallPart(name=n, ms=ms) for n, ms in (("launch gaps", 1.0), ("python and framework", 2.0), ("synchronisation", 4.0), ("idle", 8.0), ("memory-bound", 16.0)))  # fmt: skip
+    seen = evidence(tape, waterfall=Waterfall(wall_ms=31.0, parts=parts, unaccounted_ms=0.0))
+    assert (timeline.idle_ms(seen), timeline.idle_ms(seen, *timeline.LAUNCHING)) == (15.0, 3.0)
+    assert timeline.idle_ms(replace(seen, waterfall=None)) == pytest.approx(0.1)
+    assert timeline.idle_ms(replace(seen, waterfall=None, wall_ms=None)) is None
+
+
+def test_the_weights_copies_are_priced_by_one_rule_alone() -> None:
+    """Pageable weights are GPU108's, pageable inputs beside them GPU101's."""
+    model = nn.Linear(1024, 1024, bias=False)
+    tape = Played()
+    tape.move("h2d", 4 * 1024 * 1024, 500 * US, memory="pageable")
+    tape.move("h2d", 4_096_000, 450 * US, memory="pageable")
+    tape.run("aten::mm", GEMM, MS)
+    found = {
+        f.code: f
+        for f in diagnose(evidence(tape, module=model, inputs=Inputs(args=(torch.zeros(1000, 1024),))))
+        if f.code in ("GPU101", "GPU108")
+    }
+    assert found["GPU101"].bytes == 4_096_000 and found["GPU108"].bytes == 4 * 1024 * 1024
+
+
+def test_one_table_kept_on_the_host_on_purpose_is_no_weight_that_travels() -> None:
+    model = nn.ModuleList([nn.Linear(1024, 1024, bias=False) for _ in range(12)] + [nn.Linear(64, 64, bias=False)])
+    tape = Played()
+    tape.move("h2d", 64 * 64 * 4, 500 * US, memory="pageable")
+    tape.run("aten::mm", GEMM, MS)
+    codes = {f.code for f in diagnose(evidence(tape, module=model)) if f.code in ("GPU101", "GPU108")}
+    assert codes == {"GPU101"}
+
+
+def test_a_fetch_before_the_traced_calls_and_device_work_during_one_do_not_count() -> None:
+    """Workers start in the first fetch; what overlaps is no idle time."""
+    tape = Played()
+    tape.fetch("_MultiProcessingDataLoaderIter", 20 * MS)
+    for _ in range(4):
+        tape.run("aten::mm", GEMM, 2 * MS)
+    late = replace(tape.trace(), steps=(Step(start_ns=20 * MS, dur_ns=9 * MS),))
+    assert not [f for f in diagnose(evidence(trace=late, wall_ms=9.0), table=MINE) if f.code == "GPU110"]
+    tape.fetch("_MultiProcessingDataLoaderIter", 7 * MS)  # the device works on for most of it
+    busy = replace(tape.trace(), steps=(Step(start_ns=20 * MS, dur_ns=9 * MS),))
+    assert not [f for f in diagnose(evidence(trace=busy, wall_ms=9.0), table=MINE) if f.code == "GPU110"]
+    tape.fetch("_MultiProcessingDataLoaderIter", 7 * MS)  # and now it has nothing to do
+    idle = replace(tape.trace(), steps=(Step(start_ns=20 * MS, dur_ns=15 * MS),))
+    (found,) = (f for f in diagnose(evidence(trace=idle, wall_ms=15.0), table=MINE) if f.code == "GPU110")
+    assert found.time_ms == pytest.approx((34 * MS - tape.device_ns) / 1e6, rel=0.01) and found.count == 2

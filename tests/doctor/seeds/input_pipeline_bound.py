@@ -12,7 +12,7 @@ CODE = "GPU110"
 
 def step(iterator: str, fetch_ns: int) -> Played:
     tape = Played()
-    tape.op(f"enumerate(DataLoader)#{iterator}.__next__", dur_ns=fetch_ns)
+    tape.fetch(iterator, fetch_ns)
     for _ in range(4):
         tape.run("aten::addmm", GEMM, 2 * MS)
     tape.wait("cudaDeviceSynchronize")

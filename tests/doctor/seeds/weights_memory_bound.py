@@ -21,7 +21,9 @@ def seen(batch: int, time_ms: float, kernel: str) -> Evidence:
     count = Count(
         records=(record,), flops=flops, flops_by_dtype={"bfloat16": flops}, bytes=moved, coverage=1.0, num_parameters=int(WEIGHTS)
     )
-    return evidence(records=(record,), count=count, precision="bf16", backend="inductor", preset="reduce-overhead", batch=batch, wall_ms=time_ms * 1.02)
+    return evidence(
+        records=(record,), count=count, precision="bf16", backend="inductor", preset="reduce-overhead", batch=batch, wall_ms=time_ms * 1.02
+    )
 
 
 def bad() -> Evidence:
