@@ -132,6 +132,8 @@ def test_two_models_loaded_once_each_are_not_reloaded_and_a_loader_in_the_loop_i
     load = Load(line="infer.py:3", what="torch.load", count=2, seconds=1.0)
     assert not of("GPU711", evidence(script=Script(modules=(calls(name="a"), calls(name="b")), loads=(load,))))
     assert not of("GPU711", evidence(script=Script(loads=(replace(load, count=40),)))), "nothing was called"
+    pieces = replace(load, count=40, seconds=20.0, at_start=40)
+    assert not of("GPU711", evidence(script=Script(modules=(calls(40),), loads=(pieces,)))), "loaded once, in forty pieces, before the loop"
     (found,) = of("GPU711", evidence(script=Script(modules=(calls(40),), loads=(replace(load, count=40, seconds=20.0),))))
     assert found.line == "infer.py:3" and found.gain_high_ms is not None and found.gain_high_ms <= 500.0 + 1e-9
 

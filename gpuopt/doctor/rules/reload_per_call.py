@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from gpuopt.core import units
 from gpuopt.core.result import Finding
+from gpuopt.core.script import Load
 from gpuopt.doctor import words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
@@ -24,7 +25,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     assert script is not None
     calls = sum(m.num_calls for m in script.modules)
     # As many loads as models, each called more often than loaded, is a program with several models.
-    repeated = [load for load in script.loads if load.count >= OFTEN and calls and load.count >= PER_CALL * calls]
+    repeated = [load for load in script.loads if _again(load) >= OFTEN and calls and _again(load) >= PER_CALL * calls]
     for load in sorted(repeated, key=lambda one: -one.seconds)[:WORST]:
         each_ms = load.seconds / calls * 1e3
         spent = sum(m.wall_s for m in script.modules) + load.seconds
@@ -41,7 +42,12 @@ def find(evidence: Evidence) -> Iterator[Finding]:
             bytes=load.bytes or None,
             time_ms=each_ms or None,
         )
-        yield priced(finding, each_ms * (load.count - 1) / load.count, low=0.9, high=1.0)
+        yield priced(finding, each_ms * min(_again(load), load.count - 1) / load.count, low=0.9, high=1.0)
+
+
+def _again(load: Load) -> int:
+    """Loads after a model was first called: before that, weights come in as many pieces as they have."""
+    return load.count - load.at_start
 
 
 RULE = Rule(
