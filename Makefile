@@ -1,4 +1,4 @@
-# make venv | demo | test | check | gpu | schema | docs | flops | clean
+# make venv | demo | test | check | gpu | schema | docs | flops | predictions | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,6 +11,7 @@ help:
 	@echo "make check   ruff, mypy, import-linter, schema"
 	@echo "make gpu     the tests that need an NVIDIA GPU"
 	@echo "make flops   hand counts of FLOPs against the counter: docs/flops.md"
+	@echo "make predictions   the doctor's predicted gains against measured ones, on a GPU: docs/predictions.md"
 	@echo "make docs    the pages made from the code: commands, doctor, schemas, README tables"
 	@echo "make schema  rewrite docs/report.schema.json and docs/manifest.schema.json"
 
@@ -48,10 +49,13 @@ docs: venv schema
 flops: venv
 	$(BIN)/python recipes/flops_table.py
 
+predictions: venv
+	$(BIN)/python -m recipes.predictions.run; code=$$?; $(BIN)/python -m recipes.predictions.table; exit $$code
+
 demo: venv
 	$(BIN)/python recipes/demo.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache demo-out
 
-.PHONY: help venv check test gpu schema docs flops demo clean
+.PHONY: help venv check test gpu schema docs flops predictions demo clean

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from gpuopt import converters
 from gpuopt.core import codec
 from gpuopt.core.errors import UsageError
+from gpuopt.core.live import Inputs
 from gpuopt.core.result import Status
 from gpuopt.core.spec import Precision
 from gpuopt.devices import info, null
@@ -29,7 +31,7 @@ sys.path.insert(0, str(ROOT))  # recipes are no part of the package
 
 from recipes.predictions import run, table  # noqa: E402
 from recipes.predictions.defects import DEFECTS, TABLE, Defect, Side  # noqa: E402
-from recipes.predictions.desk import Desk, model_of  # noqa: E402
+from recipes.predictions.desk import Desk, Live, model_of  # noqa: E402
 from recipes.predictions.rows import Fired, Predictions, Row, Timed, Told, judged, score  # noqa: E402
 
 FAKE_GPU = replace(info.describe("cpu"), id="cuda:0", name="a GPU", kind="cuda", ceilings=null.CEILINGS)
@@ -127,6 +129,21 @@ def test_rows_of_other_pairs_are_kept_on_request_and_never_from_another_machine(
     output.write_text(codec.to_json(replace(again, device=replace(again.device, name="another"))))
     with pytest.raises(UsageError, match="another machine"):
         run.run(["bert-item"], device="cpu", output=output, keep=True, say=quiet, child=child.start)
+
+
+def test_each_side_is_timed_with_its_own_switches_whichever_was_built_last() -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def block(spec: Any) -> Any:
+        seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        return SimpleNamespace(samples=None)
+
+    session: Any = SimpleNamespace(block=block)
+    for precision in (Precision.FP32, Precision.TF32, Precision.FP32):
+        Desk(small=True)._block(
+            Live(session, precision, Inputs()),
+        )
+    assert seen == [(False, False), (True, True), (False, False)]
 
 
 def test_a_name_that_no_pair_has_is_refused() -> None:

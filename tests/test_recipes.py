@@ -14,7 +14,7 @@ from gpuopt.pipeline import recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(ROOT.glob("recipes/*/recipe.yaml"))
-REPORTS = sorted(ROOT.glob("recipes/*/*.json"))
+REPORTS = sorted(p for p in ROOT.glob("recipes/*/*.json") if p.parent.name != "predictions")  # those have a form of their own
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.parent.name)

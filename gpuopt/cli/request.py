@@ -69,7 +69,7 @@ def backends(texts: Sequence[str] | None, *, preset: str | None, option: Sequenc
         raise UsageError(
             "--preset and --option belong to one backend, and there are several", fix="--backend inductor:max-autotune,key=value"
         )
-    spec = specs[0] if specs else BackendSpec()
+    spec = specs[0] if specs else BackendSpec(name="")  # the model's own: recipe.expand knows it
     return (replace(spec, preset=preset or spec.preset, options={**spec.options, **dict(_option(text) for text in option or ())}),)
 
 

@@ -261,7 +261,7 @@ def expand(
     ]
     axes: tuple[Sequence[Any], ...] = (sizes, input_modes or ("device",), models, precisions or (None,), backends or (None,))
     # An ONNX file has no eager form: unasked, it runs in ONNX Runtime.
-    own = {model.text: BackendSpec(name="ort" if _is_onnx(model.text) else "eager") for model in models}
+    own = {model.text: "ort" if _is_onnx(model.text) else "eager" for model in models}
     total = 1
     for axis in axes:
         total *= len(axis)
@@ -271,7 +271,7 @@ def expand(
         Candidate(
             model=model,
             inputs=inputs,
-            backend=backend or own[model.text],
+            backend=replace(backend, name=backend.name or own[model.text]) if backend else BackendSpec(name=own[model.text]),
             precision=chosen,
             transforms=transforms or Transforms(),
             dims=dims,

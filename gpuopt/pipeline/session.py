@@ -405,28 +405,32 @@ class Session:
         """Warm up and time this candidate alone."""
         call, clock, device = self._timed()
         before = info.throttle_counters(device)
-        samples = loop.measure(call, clock, spec, progress=lambda share: self._progress(share, "timing"))
-        return self._metered(samples, spec, _lost(before, info.throttle_counters(device)))
+        with precisions.flags(self._precision):  # another session of this process may have set its own since
+            samples = loop.measure(call, clock, spec, progress=lambda share: self._progress(share, "timing"))
+            return self._metered(samples, spec, _lost(before, info.throttle_counters(device)))
 
     def warm(self, spec: BenchSpec) -> facts.Measured:
         """Warm up for interleaved blocks."""
         call, clock, _ = self._timed()
         self._throttled = {}
-        warmup, steady = loop.warm_up(call, clock, spec)
+        with precisions.flags(self._precision):
+            warmup, steady = loop.warm_up(call, clock, spec)
         return facts.Measured(samples=Samples(warmup_ns=warmup, steady=steady, clock=clock.name))
 
     def block(self, spec: BenchSpec) -> facts.Measured:
         """Time one block of an interleaved pair. What was lost to throttling is counted over this block alone: the others are somebody else's."""
         call, clock, device = self._timed()
         before = info.throttle_counters(device)
-        samples = loop.block(call, clock, spec)
+        with precisions.flags(self._precision):
+            samples = loop.block(call, clock, spec)
         for reason, lost_ms in _lost(before, info.throttle_counters(device)).items():
             self._throttled[reason] = self._throttled.get(reason, 0.0) + lost_ms
         return facts.Measured(samples=samples)
 
     def meters(self, spec: BenchSpec) -> facts.Measured:
         """Memory, energy and throttling, after the interleaved blocks: none of it disturbs a clock that is running."""
-        return self._metered(Samples(), spec, self._throttled)
+        with precisions.flags(self._precision):
+            return self._metered(Samples(), spec, self._throttled)
 
     def _metered(self, samples: Samples, spec: BenchSpec, throttled_ms: Mapping[str, float]) -> facts.Measured:
         call, clock, device = self._timed()

@@ -494,6 +494,8 @@ def test_a_figure_above_the_ceilings_has_them_measured_again_once(monkeypatch: p
     monkeypatch.setattr(jobs, "survey", survey)
     watcher = tools.Watcher()
     machine = jobs.surveyed(tools.job("bench"), watcher)
+    machine.survey = replace(machine.survey, device=replace(machine.device, kind="cuda"))
+    monkeypatch.setattr(tools, "fake_survey", lambda found=machine.survey: found)
     calls = 0
 
     def impossible(_: Any) -> None:

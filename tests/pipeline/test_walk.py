@@ -116,3 +116,47 @@ def test_half_weights_found_nonfinite_leave_the_module_that_is_evidence_as_it_wa
     name = diagnosis._first_nonfinite(module, given, Precision.FP16, {"out": torch.full((2,), float("inf"))})
     assert name == "large"
     assert module.large.weight.dtype is torch.float32
+
+
+def test_each_session_of_a_process_is_timed_with_its_own_switches(models: Any, tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The switches are the process's: whoever was built last would lend its own to all."""
+    from gpuopt.converters import precision as switches
+    from gpuopt.core.live import Inputs, Model
+    from gpuopt.pipeline.session import Session
+
+    now: list[Precision] = []
+    seen: list[Precision] = []
+
+    import contextlib
+
+    @contextlib.contextmanager
+    def flags(precision: Precision) -> Any:
+        now.append(precision)
+        try:
+            yield
+        finally:
+            now.pop()
+
+    monkeypatch.setattr(switches, "flags", flags)
+
+    class Net(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(now[-1])
+            return x + 1
+
+    sessions = []
+    for precision in (Precision.FP32, Precision.BF16):
+        session = Session()
+        candidate = replace(tools.candidate(""), precision=precision)
+        session.adopt(
+            candidate, Model(form="module", name="net", module=Net(), dtype="float32"), Inputs(args=(torch.ones(2, 2),), specs=())
+        )
+        session.build()
+        sessions.append(session)
+    for step in ("warm", "block", "meters", "measure"):
+        for session, precision in zip(sessions, (Precision.FP32, Precision.BF16)):
+            seen.clear()
+            getattr(session, step)(tools.QUICK)
+            assert set(seen) == {precision}, step
+    for session in reversed(sessions):
+        session.close()
