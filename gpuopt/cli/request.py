@@ -63,6 +63,8 @@ def batches(text: str | None) -> tuple[int, ...]:
 def backends(texts: Sequence[str] | None, *, preset: str | None, option: Sequence[str] | None) -> tuple[BackendSpec, ...]:
     """`--backend` with its `--preset` and `--option`s; those two need a single backend to belong to."""
     specs = tuple(BackendSpec.parse(text) for text in texts or ())
+    if any(not spec.name for spec in specs):
+        raise UsageError("--backend names no backend", fix="gpuopt backends lists them")
     if preset is None and not option:
         return specs
     if len(specs) > 1:

