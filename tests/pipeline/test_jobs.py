@@ -58,7 +58,7 @@ def storm(models: Models, tmp_path_factory: pytest.TempPathFactory) -> tuple[Rep
 
         patch.setattr(jobs, "Child", child)
         candidates = [tools.candidate(models("net"), backend, N=4) for backend in FAULTS]
-        job = tools.job("bench", *candidates, bench=replace(tools.QUICK, timeout_s=20.0))
+        job = tools.job("bench", *candidates, bench=replace(tools.QUICK, timeout_s=20.0, max_time_s=5.0))
         report = jobs.bench(job, watcher)
         assert not any(c.alive for c in made)
     return report, watcher
