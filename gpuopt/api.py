@@ -12,21 +12,23 @@ Nothing is isolated here: a backend that crashes takes the caller with it. The c
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from gpuopt.bundles import write as bundle_writer
 from gpuopt.core import binding
-from gpuopt.core.errors import GateFailed, GpuoptError, Unsupported, UsageError
+from gpuopt.core.errors import GateFailed, GpuoptError, ResourceError, Unsupported, UsageError
 from gpuopt.core.live import Inputs, Model
-from gpuopt.core.result import SCHEMA_VERSION, Count, Report, Run, Samples, Status
+from gpuopt.core.result import SCHEMA_VERSION, Count, Device, Report, Run, Samples, Status
 from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, ModelRef, Precision, TensorSpec, Tolerance, Transforms
-from gpuopt.pipeline import facts, figures, manifests, pairs
+from gpuopt.pipeline import anchor, facts, figures, manifests, pairs
+from gpuopt.pipeline.seats import MIN_ANCHOR_BLOCKS
 from gpuopt.pipeline.session import Session
 from gpuopt.pipeline.worker import classify
 
@@ -101,7 +103,9 @@ def bench(
         timed = {index: session for index, session in live if runs[index].status is Status.OK}
         samples = {index: session.warm(spec).samples for index, session in timed.items()}
         sides: dict[int, Callable[[], Samples]] = {i: (lambda s=s: s.block(spec).samples) for i, s in timed.items()}  # type: ignore[misc]
-        blocks = pairs.interleave(sides, spec)
+        with _products([counts[i] for i in timed], samples.values(), found.device, spec) as products:
+            blocks = pairs.interleave(sides, spec, beside=products.sides)
+        found = replace(found, device=products.beside(found.device, blocks))
         for index, session in timed.items():
             samples[index] = samples[index] + pairs.joined(blocks[index])
             runs[index] = figures.measured(runs[index], replace(session.meters(spec), samples=samples[index]), found.device, counts[index])
@@ -110,6 +114,48 @@ def bench(
         if first is not None and index != first:
             runs[index] = figures.relative(runs[index], samples[first], samples[index])
     return _report("bench", found, runs)
+
+
+@dataclass(slots=True)
+class _Products:
+    """Blocks of products between the candidates' own: the ceiling under the load of this bench."""
+
+    sides: dict[int, Callable[[], Samples]] = field(default_factory=dict)
+    made: dict[int, tuple[str, float, str]] = field(default_factory=dict)
+    """Side -> quantity, FLOPs a call and how, as its last block said."""
+
+    def beside(self, device: Device, blocks: Mapping[int, Sequence[Samples]]) -> Device:
+        """The device with the sustained ceilings of these blocks."""
+        rows = [
+            anchor.ceiling(quantity, pairs.joined(blocks[side]), flops, how)
+            for side, (quantity, flops, how) in self.made.items()
+            if len(blocks.get(side, ())) >= MIN_ANCHOR_BLOCKS
+        ]
+        return replace(device, ceilings=replace(device.ceilings, rows=(*device.ceilings.rows, *rows)))
+
+
+@contextmanager
+def _products(counts: Sequence[Count | None], samples: Iterable[Samples], device: Device, spec: BenchSpec) -> Iterator[_Products]:
+    """One side a quantity that these candidates compute in; none where that is off, or the models leave no memory for it."""
+    found, products = _Products(), anchor.Anchor()
+    seen = [s.samples_ns or s.warmup_ns[-5:] for s in samples]
+    blocks = anchor.block_spec(spec, min((median(times) / 1e6 for times in seen if times), default=0.0))
+    try:
+        for side, quantity in enumerate(anchor.wanted(list(counts), device, spec.sustained), 1):
+
+            def block(side: int = -side, quantity: str = quantity) -> Samples:  # below the candidates' own numbers
+                timed, flops, how = products.block(quantity, device, blocks)
+                found.made[side] = (quantity, flops, how)
+                return timed
+
+            try:
+                block()
+            except ResourceError:
+                continue
+            found.sides[-side] = block
+        yield found
+    finally:
+        products.close()
 
 
 def convert(

@@ -20,6 +20,9 @@ BACKENDS = {
 EXTRAS = {"ort": "onnx", "trt": "trt", "torch-trt": "torch-trt"}
 """Pip extra that brings the library of a backend, where torch alone is not enough."""
 
+INTERNAL = frozenset({"null"})
+"""For tests: they work when asked for by name, and no list shows them."""
+
 SUMMARY = {
     "eager": "PyTorch as it is: what every other backend is measured against",
     "inductor": "torch.compile; presets reduce-overhead, max-autotune, freezing and their combinations",
@@ -32,7 +35,13 @@ SUMMARY = {
 }
 
 
+def listed() -> tuple[str, ...]:
+    """Names for users to choose from."""
+    return tuple(name for name in BACKENDS if name not in INTERNAL)
+
+
 def load_backend(name: str) -> ModuleType:
     """The backend's module. Raises UsageError for an unknown name, Unavailable when its library is missing."""
-    module: ModuleType = resolve(BACKENDS, name, kind="backend", extra=EXTRAS.get(name))
+    table = BACKENDS if name in BACKENDS else {known: BACKENDS[known] for known in listed()}
+    module: ModuleType = resolve(table, name, kind="backend", extra=EXTRAS.get(name))
     return module

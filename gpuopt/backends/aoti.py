@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ import torch
 
 from gpuopt.core.accepts import Accepts, device_of
 from gpuopt.core.errors import Unsupported
+from gpuopt.core.launches import Launch
 from gpuopt.core.live import Inputs, Model
 from gpuopt.core.result import PrecisionAudit
 from gpuopt.core.spec import Precision
 from gpuopt.core.tally import Tally
-from gpuopt.programs import artifact, cuda, inductor
+from gpuopt.programs import artifact, cuda, generated, inductor
 from gpuopt.programs.export import export
 from gpuopt.programs.weigh import tally_for
 from gpuopt.trust import gate
@@ -75,17 +76,26 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> PackageRu
     accepts = Accepts.of(inputs, ranges, align_bytes=_ALIGN_BYTES if device.startswith("cuda") else 1)
     single = _single(ranges)
     reader = inductor.GraphReader(tally_for(device))
+    written: list[generated.Generated] = []
     folder = Path(tempfile.mkdtemp(prefix="gpuopt-aoti-"))  # 0700: what lies here is about to be run
     try:
         above = {name: (max(2, low) if name == single else low, high) for name, (low, high) in ranges.items()}
-        packages = {"": _package(model.module, inputs, above, folder / PACKAGE, settings, reader)}
-        if single is not None:
-            rest = {name: pair for name, pair in ranges.items() if name != single}
-            one = folder / _single_name(single)
-            packages[single] = _package(model.module, _narrowed(inputs, single), rest, one, settings, reader)
+        with inductor.reading(written):
+            packages = {"": _package(model.module, inputs, above, folder / PACKAGE, settings, reader)}
+            if single is not None:
+                rest = {name: pair for name, pair in ranges.items() if name != single}
+                one = folder / _single_name(single)
+                packages[single] = _package(model.module, _narrowed(inputs, single), rest, one, settings, reader)
         calls = {letter: gate.load_aoti(path, signed_by_us=True, device_index=_index(device)) for letter, path in packages.items()}
         runner = PackageRunner(
-            calls=calls, accepts=accepts, device=device, packages=packages, folder=folder, reader=reader, precision=options.get("precision")
+            calls=calls,
+            accepts=accepts,
+            device=device,
+            packages=packages,
+            folder=folder,
+            reader=reader,
+            written=written,
+            precision=options.get("precision"),
         )
         runner(*inputs.args, **inputs.kwargs)
         cuda.synchronize(device)
@@ -115,6 +125,7 @@ class PackageRunner:
         packages: Mapping[str, Path],
         folder: Path | None = None,
         reader: inductor.GraphReader | None = None,
+        written: Sequence[generated.Generated] = (),
         precision: str | None = None,
     ) -> None:
         self.device = device
@@ -126,6 +137,7 @@ class PackageRunner:
         self._folder = folder
         """Ours to remove; None for a bundle's."""
         self._reader = reader
+        self._written = written
         self._precision = precision
         self._single = next((letter for letter in self._calls if letter), None)
         self._where = _find(accepts, self._single) if self._single else (0, 0)
@@ -141,6 +153,10 @@ class PackageRunner:
             return None
         tally: Tally = self._reader.tally
         return tally.audit(self._precision, "post-grad graph")
+
+    def launches(self) -> tuple[Launch, ...]:
+        """What the packages launch in a call, in order, with the modules and lines it stems from; nothing for packages that were loaded."""
+        return generated.launches(self._written)
 
     def save(self, folder: Path) -> Mapping[str, str]:
         """The packages and what they accept."""

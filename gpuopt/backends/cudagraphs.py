@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,20 @@ class GraphRunner:
     def audit(self) -> PrecisionAudit | None:
         """The ops dispatched while the graph was recorded: a replay runs exactly those kernels."""
         return self._tally.audit(self._precision, "aten dispatch of the recorded call")
+
+    def ungraphed(self) -> tuple[torch.nn.Module, Callable[[], Any]] | None:
+        """The recorded module and a call of it as it was recorded, for a trace that shows its modules: a replay shows none. None where nothing marks them (TorchScript, an
+        exported program)."""
+        module, args, names = self._module, self._static[: self.accepts.positional], self.accepts.inputs[self.accepts.positional :]
+        if not isinstance(module, torch.nn.Module) or isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
+            return None
+        kwargs = {spec.name: tensor for spec, tensor in zip(names, self._static[self.accepts.positional :], strict=True)}
+
+        def call() -> Any:
+            with torch.no_grad():
+                return module(*args, **kwargs)
+
+        return module, call
 
     def save(self, folder: Path) -> Mapping[str, str]:
         """The module as an exported program, to be recorded where it is opened. Raises Unsupported where it cannot be exported."""

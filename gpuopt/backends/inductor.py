@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo
-from torch._dynamo.utils import counters
 
 from gpuopt.core.accepts import device_of
 from gpuopt.core.errors import Unsupported
+from gpuopt.core.launches import Launch
 from gpuopt.core.live import Inputs, Model
 from gpuopt.core.result import PrecisionAudit
 from gpuopt.core.spec import Precision
-from gpuopt.programs import artifact, cuda
+from gpuopt.programs import artifact, breaks, cuda, generated
 from gpuopt.programs import inductor as compiler
 from gpuopt.programs.plain import copied, plain
 from gpuopt.programs.sample import widened, zeros
@@ -122,7 +118,9 @@ class InductorRunner:
         self._graphs = bool(settings.get("triton.cudagraphs"))
         self._copies = self._graphs and not options.get("static_outputs", False)
         self._skipped = 0
-        self._told: dict[str, Any] = {}
+        self._heard = breaks.Heard()
+        self._generated: list[generated.Generated] = []
+        self._classes = compiler.class_names(module)
         self._call: Any = torch.compile(
             module, fullgraph=bool(options.get("fullgraph", False)), options={**settings, "post_grad_custom_post_pass": self._reader}
         )
@@ -141,28 +139,34 @@ class InductorRunner:
 
     def compile(self, inputs: Inputs) -> None:
         """First calls: everything that compiles, warms up or records a graph happens here, and what it gave up on is noted."""
-        before = _snapshot()
         # The limit is kept by code object: a process that compiles one class many times (a search, a test) would end in silent eager.
-        with _skip_reasons() as reasons, torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096):
+        with (
+            self._heard.listening(),
+            compiler.reading(self._generated),
+            torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096),
+        ):
             if self._dynamic:
                 sample = _marked(widened(inputs, {k: (int(v[0]), int(v[1])) for k, v in self._dynamic.items()}), self._dynamic)
                 self(*sample.args, **sample.kwargs)
             # CUDA graph trees warm up in the first call, record in the second and replay from the third on.
             for _ in range(3 if self._graphs else 1):
                 self(*inputs.args, **inputs.kwargs)
+            if self._dynamic:
+                self._heard.recompiles.clear()  # of these sizes one may be 1, which is a graph of its own in any model
+            # A model that counts its calls in a plain number is compiled in every one of them: three say so.
+            for _ in range(3):
+                compiled = self._heard.num_compiled
+                self(*inputs.args, **inputs.kwargs)
+                if self._heard.num_compiled == compiled:
+                    break
             cuda.synchronize(self.device)
-        breaks, skips = _since(before)
-        self._told = {
-            "graph_breaks": tuple((_first_line(reason), _line(reason), number) for reason, number in breaks.items()),
-            "cudagraph_skips": tuple(dict.fromkeys(_first_line(r) for r in reasons)),
-            "num_graphs": self._reader.num_graphs,
-        }
-        if breaks:
-            total = sum(breaks.values())
-            first = "; ".join(_first_line(reason) for reason, _ in breaks.most_common(3))
+        broken, reasons, skips = self._heard.breaks, self._heard.skips, self._heard.num_skipped
+        if broken:
+            total = broken.total()
+            first = "; ".join(_first_line(reason) + (f" ({line})" if line else "") for (reason, line), _ in broken.most_common(3))
             self.notes.append(f"{total} graph break{'s' if total > 1 else ''}: {first}")
         if not self._reader.num_graphs:
-            why = _first_line(next(iter(breaks))) if breaks else "its recompile limit was reached or the module is excluded from tracing"
+            why = _first_line(next(iter(broken))[0]) if broken else "its recompile limit was reached or the module is excluded from tracing"
             raise Unsupported(f"torch.compile captured no graph: {why}", fix="use --backend eager, or make forward() traceable")
         if self._graphs and self.device.startswith("cuda") and skips:
             self._skipped = skips
@@ -180,8 +184,18 @@ class InductorRunner:
         return audit
 
     def compiled(self) -> Mapping[str, Any]:
-        """What the compiler gave up on: `graph_breaks` as (reason, `file.py:12` or "", how often), `cudagraph_skips`, `num_graphs`."""
-        return self._told
+        """What the compiler gave up on: `graph_breaks` as (reason, `file.py:12` or "", how often), `recompiles` as (function with its line, guard), `cudagraph_skips`,
+        `num_graphs`."""
+        return {
+            "graph_breaks": tuple((reason, line, number) for (reason, line), number in self._heard.breaks.items()),
+            "recompiles": tuple(self._heard.recompiles),
+            "cudagraph_skips": tuple(dict.fromkeys(self._heard.skips)),
+            "num_graphs": self._reader.num_graphs,
+        }
+
+    def launches(self) -> tuple[Launch, ...]:
+        """What the generated code launches in a call, in order, with the modules and lines it stems from. Code between graph breaks is not in it."""
+        return generated.launches(self._generated, self._classes)
 
     def save(self, folder: Path) -> Mapping[str, str]:
         """The source graph, to be compiled again where it is opened. Raises Unsupported where the module cannot be exported."""
@@ -226,47 +240,9 @@ def _marked(inputs: Inputs, dynamic: Mapping[str, Any]) -> Inputs:
     return Inputs(args=tuple(bound[:count]), kwargs=dict(zip(inputs.kwargs, bound[count:], strict=True)), specs=inputs.specs)
 
 
-def _snapshot() -> tuple[Counter[str], int]:
-    return Counter(counters["graph_break"]), counters["inductor"]["cudagraph_skips"]
-
-
-def _since(before: tuple[Counter[str], int]) -> tuple[Counter[str], int]:
-    """Graph breaks by reason, and graphs whose CUDA graph was skipped."""
-    return Counter(counters["graph_break"]) - before[0], counters["inductor"]["cudagraph_skips"] - before[1]
-
-
-@contextmanager
-def _skip_reasons() -> Iterator[list[str]]:
-    """Sentences Inductor logs when it gives up on a CUDA graph; the logger's name moved between torch versions."""
-    found: list[str] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            message = record.getMessage()
-            if "skipping cudagraphs" in message:
-                found.append(message)
-
-    handler = Keep()
-    module = "torch._inductor.cudagraph_utils"
-    loggers = [logging.getLogger(name) for name in (module, f"{module}.__cudagraphs", f"{module}.__perf_hints")]
-    for logger in loggers:
-        logger.addHandler(handler)
-    try:
-        yield found
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
-
-
 def _first_line(text: str) -> str:
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
     return lines[0][:200] if lines else "no reason given"
-
-
-def _line(reason: str) -> str:
-    """`model.py:12` from the user's frames that Dynamo puts under a reason; "" where it puts none."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', str(reason))
-    return f"{Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
 
 
 def _has_triton() -> bool:

@@ -24,7 +24,7 @@ def bench(
     channels_last: o.ChannelsLastOpt = False,
     fold_bn: o.FoldOpt = False,
     keep_fp32: o.KeepOpt = None,
-    device: o.DeviceOpt = "auto",
+    device: o.DevicesOpt = "auto",
     input_mode: o.InputModeOpt = "device",
     min_time: o.MinTimeOpt = None,
     max_time: o.MaxTimeOpt = None,
@@ -52,23 +52,20 @@ def bench(
     those of the same shape are timed in interleaved blocks, so that a slow moment of the machine hits all of them. A crash or a lack of memory
     is a result with a reason, and the rest goes on.
 
+    Several devices are compared over batch: curves of both, the batch from which on the one wins, what the other waits for, and the largest batch that
+    memory allows. Without --batch they double from 1 as far as time and memory go. No two devices are ever timed at the same time.
+
     Example: gpuopt bench model.pt -b eager -b inductor -p fp32 -p fp16 --batch 1,64 --max-latency 15ms
+
+    Example: gpuopt bench model.pt --device cpu,cuda
     """
+    typed = dict(locals())
     from gpuopt.cli import request as r
     from gpuopt.cli.show import run
     from gpuopt.core.spec import Job
     from gpuopt.pipeline import jobs
-    from gpuopt.pipeline.recipe import expand
 
-    candidates = expand(
-        models=r.models(models, arch=arch, trust=trust, trust_remote_code=trust_remote_code, cast=cast, allow_nonfinite=allow_nonfinite),
-        inputs=r.inputs(input=input, inputs=inputs, batch=batch, dim=dim, seed=seed),
-        backends=r.backends(backend, preset=preset, option=option),
-        precisions=r.precisions(precision),
-        transforms=r.transforms(channels_last=channels_last, fold_bn=fold_bn, keep_fp32=keep_fp32),
-        input_modes=r.input_modes(input_mode),
-        device=device,
-    )
+    candidates = r.candidates(models, typed)
     job = Job(
         verb="bench",
         candidates=candidates,

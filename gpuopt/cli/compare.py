@@ -1,4 +1,4 @@
-"""`gpuopt compare A B`: two reports -> a verdict for each run both have."""
+"""`gpuopt compare A [B]`: two reports, or the runs of one -> a verdict for each pair, and where the difference lies."""
 
 from __future__ import annotations
 
@@ -10,19 +10,33 @@ from gpuopt.core.errors import UsageError
 
 def compare(
     before: o.BeforeArg,
-    after: o.AfterArg,
+    after: o.AfterArg = None,
+    choose: o.RunOpt = None,
     max_slowdown: o.MaxSlowdownOpt = None,
     allow_inconclusive: o.InconclusiveOpt = False,
+    depth: o.DepthOpt = 3,
+    top: o.TopOpt = 10,
+    by: o.ByOpt = "",
     json: o.JsonOpt = None,
     force: o.ForceOpt = False,
 ) -> int:
-    """Did anything get slower? A verdict for each run that two reports share; exit 1 when one did.
+    """What changed between two runs, and did anything get slower? Exit 1 when it did.
+
+    A verdict for each run that two reports share. Where both were profiled, also where the difference lies: the parts of the waterfall side by side,
+    the module tree, and the kernels that came, went or changed. Two reports of one run each are compared whatever those runs are: eager and a
+    compiled backend, fp32 and fp16. With one report its first run stands against the others. --run chooses.
 
     Two reports were taken apart in time, so a change counts when it exceeds --max-slowdown by more than noise and drift between sessions explain.
     Where they might, or where the figures cannot be compared (another device, another clock), the verdict is inconclusive, which fails too unless
     --allow-inconclusive. Both in one gpuopt bench, interleaved, give a narrower answer.
 
+    gpuopt report makes any other format of what --json wrote: html, markdown.
+
     Example: gpuopt compare main.json branch.json --max-slowdown 5%
+
+    Example: gpuopt compare eager.json inductor.json --depth 4
+
+    Example: gpuopt compare bench.json --run eager --run inductor
     """
     from gpuopt.cli import request as r
     from gpuopt.cli.show import run
@@ -30,14 +44,17 @@ def compare(
     from gpuopt.core.progress import Progress
     from gpuopt.core.result import Report
     from gpuopt.core.spec import Job
-    from gpuopt.reports import diff
+    from gpuopt.reports import pairs
+    from gpuopt.reports.content.blocks import View
 
-    if json not in (None, "-") and Path(str(json)).resolve() in (Path(before).resolve(), Path(after).resolve()):
+    names = [name for name in (before, after) if name is not None]
+    if json not in (None, "-") and Path(str(json)).resolve() in [Path(name).resolve() for name in names]:
         raise UsageError("--json names one of the reports compared", fix="another file")
-    threshold = diff.DEFAULT_THRESHOLD if max_slowdown is None else units.parse_fraction(max_slowdown)
+    threshold = None if max_slowdown is None else units.parse_fraction(max_slowdown)
+    view = View(depth=depth, top=top, by=by)
 
     def act(job: Job, progress: Progress) -> Report:
-        old, new = (codec.read_json(Report, Path(name)) for name in (before, after))
-        return diff.report(old, new, threshold=threshold, allow_inconclusive=allow_inconclusive, command=job.command)
+        found = [codec.read_json(Report, Path(name)) for name in names]
+        return pairs.compared(*found, runs=choose or (), threshold=threshold, allow_inconclusive=allow_inconclusive, command=job.command)
 
-    return run(Job(verb="compare", command=r.command_line()), act, json=json, force=force)
+    return run(Job(verb="compare", command=r.command_line()), act, json=json, force=force, view=view)

@@ -47,13 +47,13 @@ def doctor(
 
     Example: gpuopt doctor model.pt --batch 64 --fix
     """
+    typed = dict(locals())
     from gpuopt.cli import configuration, streams
     from gpuopt.cli import request as r
     from gpuopt.cli.show import run
     from gpuopt.core.errors import UsageError
     from gpuopt.core.spec import Job
     from gpuopt.pipeline import doctor as verb
-    from gpuopt.pipeline.recipe import expand
 
     if explain is not None:
         from gpuopt.doctor import handbook
@@ -66,21 +66,7 @@ def doctor(
         raise UsageError("--unsafe-fixes says which changes --fix may make", fix="--fix --unsafe-fixes")
     if fix and model is None:
         raise UsageError("--fix changes a model, and none is named", fix="gpuopt doctor MODEL --fix")
-    candidates = (
-        expand(
-            models=r.models(
-                [model], arch=arch, trust=trust, trust_remote_code=trust_remote_code, cast=cast, allow_nonfinite=allow_nonfinite
-            ),
-            inputs=r.inputs(input=input, inputs=inputs, batch=batch, dim=dim, seed=seed),
-            backends=r.backends([backend] if backend else None, preset=preset, option=option),
-            precisions=r.precisions([precision] if precision else None),
-            transforms=r.transforms(channels_last=channels_last, fold_bn=fold_bn, keep_fp32=keep_fp32),
-            input_modes=r.input_modes(input_mode),
-            device=device,
-        )
-        if model is not None
-        else ()
-    )
+    candidates = r.candidates([model], typed) if model is not None else ()
     job = Job(
         verb="doctor",
         candidates=candidates,

@@ -14,16 +14,26 @@ from gpuopt.core.spec import Job
 Act = Callable[[Job, Progress], Report]
 
 
-def trace(file: str) -> Act:
-    """`--trace FILE`."""
+def trace(file: str, *, limit: str | None = None, max_events: int | None = None) -> Act:
+    """`--trace FILE`. `limit`, `max_events`: None for those of `profiling.foreign`."""
+    max_bytes = units.parse_bytes(limit) if limit is not None else None
 
     def act(job: Job, progress: Progress) -> Report:
-        from gpuopt.pipeline import elsewhere
+        from gpuopt.profiling import foreign
 
-        here = _here(job, progress)
+        # Read before anything else, torch included: a file that is none is told at once.
         progress.start("trace", f"reading {Path(file).name}")
-        report = elsewhere.explain(Path(file), here, command=job.command, ignore=job.ignore)
-        progress.done("trace")
+        with foreign.uncollected():
+            found = foreign.read_foreign(
+                Path(file),
+                max_bytes=foreign.MAX_BYTES if max_bytes is None else max_bytes,
+                max_events=foreign.MAX_EVENTS if max_events is None else max_events,
+            )
+            progress.done("trace")
+            from gpuopt.pipeline import elsewhere
+
+            here = elsewhere.same_here(found.device, job, progress)
+            report = elsewhere.explained(found, Path(file), here, command=job.command, ignore=job.ignore)
         return replace(report, verb=job.verb)
 
     return act
@@ -53,6 +63,6 @@ def program(words: Sequence[str], *, timeout: str | None, save_inputs: str | Non
 
 
 def _here(job: Job, progress: Progress) -> Device:
-    from gpuopt.pipeline import jobs
+    from gpuopt.pipeline import machine
 
-    return jobs.survey(job, progress).device
+    return machine.survey(job, progress).device

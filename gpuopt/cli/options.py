@@ -36,6 +36,16 @@ TraceOpt = Annotated[
         "--trace", metavar="FILE", help="Explain a torch.profiler trace (.json, .json.gz) from elsewhere, without its model.", panel=MODEL
     ),
 ]
+TraceLimitOpt = Annotated[
+    str | None,
+    _option("--trace-limit", metavar="SIZE", help="Of --trace: read files of at most this much JSON, inflated; 4GiB.", panel=MODEL),
+]
+TraceEventsOpt = Annotated[
+    int | None,
+    _option(
+        "--trace-events", metavar="N", help="Of --trace: keep at most this many ops, launches and kernels; 4000000.", panel=MODEL, min=1
+    ),
+]
 SaveInputsOpt = Annotated[
     str | None,
     _option(
@@ -127,6 +137,16 @@ KeepOpt = Annotated[
 ]
 DeviceOpt = Annotated[
     str, _option("--device", "-d", metavar="auto|cpu|cuda[:N]", help="auto is cuda where there is one, else cpu.", panel=BUILD)
+]
+DevicesOpt = Annotated[
+    str,
+    _option(
+        "--device",
+        "-d",
+        metavar="auto|cpu|cuda[:N],…",
+        help="auto is cuda where there is one, else cpu. Several, as in cpu,cuda, are compared over batch: who wins from which batch on, and why.",
+        panel=BUILD,
+    ),
 ]
 BuildOnlyOpt = Annotated[
     bool, _option("--build-only", help="Build without running: for a GPU that is not here. The bundle says verified: false.", panel=BUILD)
@@ -224,13 +244,22 @@ ForceOpt = Annotated[bool, _option("--force", "-f", help="Replace an output that
 QuietOpt = Annotated[bool, _option("--quiet", "-q", help="No progress; warnings stay.", panel=OUTPUT)]
 NoInputOpt = Annotated[bool, _option("--no-input", help="Never ask, even at a terminal.", panel=OUTPUT)]
 DepthOpt = Annotated[int, _option("--depth", help="Levels of the module tree.", panel=OUTPUT, show_default=True, min=0)]
-TopOpt = Annotated[int, _option("--top", help="Ops shown.", panel=OUTPUT, show_default=True, min=1)]
+TopOpt = Annotated[int, _option("--top", help="Ops, kernels and lines shown.", panel=OUTPUT, show_default=True, min=1)]
 ByOpt = Annotated[
     str,
     _option(
         "--by",
+        metavar="module|op|kernel|line|all",
+        help="Tell the time by this alone. Without it: the modules, and the ops of layers alike.",
+        panel=OUTPUT,
+    ),
+]
+SortOpt = Annotated[
+    str,
+    _option(
+        "--sort",
         metavar="time|gap|flops|bytes",
-        help="Order of the ops; gap is the time above the roofline.",
+        help="Order of ops, kernels and lines; gap is the time above the roofline.",
         panel=OUTPUT,
         show_default=True,
     ),
@@ -267,7 +296,18 @@ FormatOpt = Annotated[
 RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file.", show_default=False)]
 ReportArg = Annotated[str, typer.Argument(metavar="FILE", help="A report written with --json.", show_default=False)]
 BeforeArg = Annotated[str, typer.Argument(metavar="BEFORE", help="A report written with --json.", show_default=False)]
-AfterArg = Annotated[str, typer.Argument(metavar="AFTER", help="A later one.", show_default=False)]
+AfterArg = Annotated[
+    str | None, typer.Argument(metavar="[AFTER]", help="A later one; without it, runs of the first are compared.", show_default=False)
+]
+RunOpt = Annotated[
+    list[str] | None,
+    _option(
+        "--run",
+        metavar="NUMBER|WORDS",
+        help="Which run, by its place in the report or words of its name, as in 'inductor fp16'. Twice: the one and the other.",
+        panel=OUTPUT,
+    ),
+]
 TrustedArg = Annotated[list[str] | None, typer.Argument(metavar="FILE|SHA256...", help="What to trust.", show_default=False)]
 ListOpt = Annotated[bool, _option("--list", help="Everything trusted.", panel=MODEL)]
 ForgetOpt = Annotated[bool, _option("--forget", help="Take the consent back.", panel=MODEL)]

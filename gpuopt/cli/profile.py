@@ -9,6 +9,8 @@ def profile(
     model: o.MaybeModelArg = None,
     program: o.ProgramArg = None,
     trace: o.TraceOpt = None,
+    trace_limit: o.TraceLimitOpt = None,
+    trace_events: o.TraceEventsOpt = None,
     arch: o.ArchOpt = None,
     trust: o.TrustOpt = None,
     trust_remote_code: o.RemoteCodeOpt = False,
@@ -37,7 +39,8 @@ def profile(
     no_trace: o.NoTraceOpt = False,
     depth: o.DepthOpt = 3,
     top: o.TopOpt = 10,
-    by: o.ByOpt = "time",
+    by: o.ByOpt = "",
+    sort: o.SortOpt = "time",
     json: o.JsonOpt = None,
     force: o.ForceOpt = False,
     quiet: o.QuietOpt = False,
@@ -57,16 +60,15 @@ def profile(
 
     Example: gpuopt profile --trace production.json.gz
     """
+    typed = dict(locals())
     from gpuopt.cli import configuration
     from gpuopt.cli import request as r
     from gpuopt.cli.show import run
     from gpuopt.core.errors import UsageError
     from gpuopt.core.spec import Job
-    from gpuopt.pipeline import jobs
-    from gpuopt.pipeline.recipe import expand
     from gpuopt.reports.content.blocks import View
 
-    view = View(depth=depth, top=top, by=by)
+    view = View(depth=depth, top=top, by=by, sort=sort)
     ignored = configuration.ignored(ignore)
     words = [model, *(program or [])] if model is not None else []
     is_program = len(words) > 1 or (model is not None and model.endswith(".py"))
@@ -80,21 +82,15 @@ def profile(
 
         job = Job(verb="profile", device=device, ignore=ignored, command=r.command_line())
         act = (
-            observed.trace(trace)
+            observed.trace(trace, limit=trace_limit, max_events=trace_events)
             if trace is not None
             else observed.program(words, timeout=timeout, save_inputs=save_inputs, traced=not no_trace)
         )
         return run(r.checked(job), act, json=json, quiet=quiet, force=force, ask=False, view=view)
     assert model is not None
-    candidates = expand(
-        models=r.models([model], arch=arch, trust=trust, trust_remote_code=trust_remote_code, cast=cast, allow_nonfinite=allow_nonfinite),
-        inputs=r.inputs(input=input, inputs=inputs, batch=batch, dim=dim, seed=seed),
-        backends=r.backends([backend] if backend else None, preset=preset, option=option),
-        precisions=r.precisions([precision] if precision else None),
-        transforms=r.transforms(channels_last=channels_last, fold_bn=fold_bn, keep_fp32=keep_fp32),
-        input_modes=r.input_modes(input_mode),
-        device=device,
-    )
+    from gpuopt.pipeline import jobs  # torch comes with it: what is told above needs none
+
+    candidates = r.candidates([model], typed)
     job = Job(
         verb="profile",
         candidates=candidates,

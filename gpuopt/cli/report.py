@@ -20,7 +20,8 @@ def report(
     output: o.MaybeOutputOpt = None,
     depth: o.DepthOpt = 3,
     top: o.TopOpt = 10,
-    by: o.ByOpt = "time",
+    by: o.ByOpt = "",
+    sort: o.SortOpt = "time",
 ) -> int:
     """Show a report again, in any format: console, markdown, html (one file with its pictures, opens offline), svg (the roofline), perfetto (a
     timeline for ui.perfetto.dev), junit, github, csv, jsonl, json.
@@ -35,7 +36,7 @@ def report(
     from gpuopt.core.result import Report
     from gpuopt.reports.content.blocks import View
 
-    view = View(depth=depth, top=top, by=by)
+    view = View(depth=depth, top=top, by=by, sort=sort)
     render = registry.resolve(FORMATS, format, kind="format")
     if output is not None and output != "-":
         if Path(output).resolve() == Path(file).resolve():

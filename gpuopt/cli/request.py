@@ -6,13 +6,13 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from gpuopt.core import units
 from gpuopt.core.errors import UsageError
-from gpuopt.core.spec import BackendSpec, BenchSpec, DimSpec, Gates, InputSpec, Job, ModelRef, TensorSpec, Tolerance, Transforms
+from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, DimSpec, Gates, InputSpec, Job, ModelRef, TensorSpec, Tolerance, Transforms
 from gpuopt.pipeline import recipe
 from gpuopt.reports.figures import clean
 
@@ -20,6 +20,31 @@ from gpuopt.reports.figures import clean
 def command_line() -> str:
     """The line that was typed, as it can be typed again."""
     return shlex.join(["gpuopt", *(clean(word, 4096) for word in sys.argv[1:])])
+
+
+def candidates(texts: Sequence[str], typed: Mapping[str, Any], *, device: str | None = None) -> tuple[Candidate, ...]:
+    """Every combination of what was typed. `typed` is a command's locals(): options.py declares each option once, so its name says what it is."""
+    return recipe.expand(
+        models=models(
+            texts,
+            arch=typed["arch"],
+            trust=typed["trust"],
+            trust_remote_code=typed["trust_remote_code"],
+            cast=typed["cast"],
+            allow_nonfinite=typed["allow_nonfinite"],
+        ),
+        inputs=inputs(input=typed["input"], inputs=typed["inputs"], batch=typed["batch"], dim=typed["dim"], seed=typed["seed"]),
+        backends=backends(_several(typed.get("backend")), preset=typed.get("preset"), option=typed.get("option")),
+        precisions=precisions(_several(typed["precision"])),
+        transforms=transforms(channels_last=typed["channels_last"], fold_bn=typed["fold_bn"], keep_fp32=typed["keep_fp32"]),
+        input_modes=input_modes(typed.get("input_mode", "device")),
+        device=typed["device"] if device is None else device,
+    )
+
+
+def _several(value: str | Sequence[str] | None) -> Sequence[str] | None:
+    """An option that is typed once, or one that may be repeated -> all its values; an empty one is none."""
+    return ([value] if value else None) if isinstance(value, str) else value
 
 
 def models(

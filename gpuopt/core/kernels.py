@@ -68,7 +68,7 @@ PATTERNS: tuple[tuple[str, bool | None, str], ...] = (
     ("attention", True, r"flash_(?:fwd|bwd)|fmha_cutlass[FB]_b?f16|_sdpa_sm\d|native_sdpa|fmha_v\d|mha_v2|FlashAttn(?:Fwd|Bwd)Sm"),
     ("attention", None, r"flash::|[Ff]lash_?[Aa]tt|fmha|sdpa|mha_(?:fwd|bwd|varlen)|efficient_attention|attention_kernel|AttentionKernel|MultiheadAttention|multihead_attention"),
     ("attention", None, r"_attn_fwd|paged_att"),
-    ("nchw-nhwc", None, r"(?i)nchw_?to_?nhwc|nhwc_?to_?nchw|nchw2nhwc|nhwc2nchw|n[ch]hwc?AddPadding|tensorTransformGeneric|convertTensor_kernel|transpose_readWrite|conv\w*_layout"),
+    ("nchw-nhwc", None, r"(?i)nchw_?to_?nhwc|nhwc_?to_?nchw|nchw2nhwc|nhwc2nchw|n(?:chw|hwc)AddPadding|tensorTransformGeneric|convertTensor_kernel|transpose_readWrite|conv\w*_layout"),
     ("reformat", None, r"genericReformat|copyPackedKernel|permutationKernel"),
     # Plain multiply-adds: f32f32_f32f32 is fp32 in and fp32 in the multiplier, where TF32 shows as f32f32_tf32f32.
     ("product", False, r"ffma|_simt_|(?:^|[^a-z0-9])[sdcz]gemm|convolve_[sdhc]gemm|[sdh]cudnn|xmma_\w*_f32f32_f32f32_|winograd|fft2d|fft1d|regular_fft|vector_fft"),

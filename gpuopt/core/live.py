@@ -68,7 +68,11 @@ class Inputs:
 
 @runtime_checkable
 class Runner(Protocol):
-    """Something that can be called like the model and timed. Timers and verifiers never learn its backend."""
+    """Something that can be called like the model and timed. Timers and verifiers never learn its backend.
+
+    A profile also asks for what only some have: `launches() -> tuple[Launch, ...]`, what one call launches, in order, where a trace names no modules; and
+    `ungraphed() -> (module, call) | None`, the module a CUDA graph was recorded from and a call of it.
+    """
 
     device: str
     """Where its tensors live: `cpu`, `cuda:0`."""

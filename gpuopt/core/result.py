@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from gpuopt.core.spec import BackendSpec, Change, Precision
+from gpuopt.core.sweep import Sweep
 
 SCHEMA_VERSION = 1
 
@@ -97,6 +98,17 @@ class Relative:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KernelTime:
+    """What one kernel (or copy) took of an op's time, a forward."""
+
+    name: str
+    """As the trace names it, in full."""
+    time_ns: float
+    count: float = 1.0
+    """Launches a forward; no whole number where the traced calls differ."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OpRecord:
     """One ATen op (or kernel) summed over its calls in one forward."""
 
@@ -118,7 +130,9 @@ class OpRecord:
     shapes: str = ""
     """Commonest input shapes, for reading."""
     line: str | None = None
-    """Source line that called it, where known."""
+    """Innermost line of the model's own code that led to it, `modeling_bert.py:123`; several, joined by commas, where nothing tells their calls apart. None: unknown."""
+    kernel_times: tuple[KernelTime, ...] = ()
+    """The same kernels as `kernels`, with what each took; longest first. Empty on a CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +225,8 @@ class Device:
     num_cores: int | None = None
     """CPU: cores this process may use."""
     memory_bytes: int | None = None
+    free_bytes: int | None = None
+    """Of `memory_bytes`, when it was looked at; None where nothing says."""
     cache_bytes: int | None = None
     """Last-level cache: L2 of a GPU, L3 of a CPU."""
     driver: str | None = None
@@ -247,6 +263,10 @@ class RooflinePoint:
     """max(FLOPs / peak, bytes / bandwidth)."""
     note: str = ""
     """Why a point may lie above the measured ceiling: its working set fits a cache."""
+    line: str | None = None
+    """Line of the model's own code, `modeling_bert.py:123`; None: unknown."""
+    kernels: tuple[KernelTime, ...] = ()
+    """What ran on the device for it, longest first; empty on a CPU, and in reports of older versions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -494,8 +514,14 @@ class Run:
     dims: dict[str, int] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
     """Bound tensor specs as text."""
+    signature: tuple[str, ...] = ()
+    """The same with their free dimensions and the range of random values: `ids:int64[N,S]<30522`."""
+    dim_ranges: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Range of each dimension that it accepts in any size, where one was asked for; a dimension absent here is as it was bound."""
     input_source: str = ""
     input_mode: str = "device"
+    device: str | None = None
+    """Id of the device it ran on; None in a report of an older version, which is about one device."""
     status: Status = Status.OK
     reason: str = ""
     fix: str = ""
@@ -593,6 +619,9 @@ class Report:
     verb: str
     environment: Environment
     device: Device | None = None
+    """The only one, or the first of `devices`."""
+    devices: tuple[Device, ...] = ()
+    """All of them with their ceilings, in a report about several; empty where there is one."""
     runs: tuple[Run, ...] = ()
     findings: tuple[Finding, ...] = ()
     gates: tuple[GateResult, ...] = ()
@@ -602,6 +631,12 @@ class Report:
     """Verb-specific facts: the backend matrix, the conversion's checks."""
     error: Failure | None = None
     """The command failed; None where it came to its end."""
+    sweep: Sweep | None = None
+    """Curves over batch on several devices, and where they cross."""
+
+    def device_of(self, run: Run) -> Device | None:
+        """The device this run's figures are held against."""
+        return next((device for device in self.devices if device.id == run.device), None if self.devices else self.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

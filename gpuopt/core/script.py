@@ -52,6 +52,8 @@ class ModelCalls:
     """File of the first call's tensors, for `--inputs`; None where none was asked for, or they could not be saved."""
     failure: str | None = None
     """What a call raised, in one line."""
+    num_grad_calls: int = 0
+    """Of its calls, those in eval mode that recorded a graph for gradients all the same: in training mode nobody can tell whether a backward pass comes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,6 +42,12 @@ class CpuOp:
     """Of its tensor inputs with at least one dimension, lists flattened."""
     dtypes: tuple[str, ...] = ()
     """As Kineto writes them: `float`, `c10::Half`."""
+    line: str = ""
+    """`infer.py:12 in load`: the function of the user's code it was called from, by the line it begins at; "" where no stacks were recorded."""
+    flops: float | None = None
+    """Of its own products, where whoever traced it knows them from what it ran on; 0 is known, None: ask the count."""
+    bytes: float | None = None
+    """Its own compulsory traffic, known with `flops`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +75,8 @@ class Kernel:
     """Of one block, static and dynamic."""
     blocks_per_sm: float | None = None
     """As Kineto writes it: blocks of the grid over SMs of the device, whatever fits at once."""
+    device: int = 0
+    """Its number, as the tracing process counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +94,7 @@ class Copy:
     correlation: int | None
     op: int | None
     step: int | None
+    device: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +134,7 @@ class Fetch:
     thread: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, weakref_slot=True)
 class Trace:
     """What ran, where and when, over a few steps. No figure in it is a latency: tracing stretches the host side."""
 

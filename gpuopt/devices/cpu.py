@@ -38,6 +38,12 @@ def memory_bytes(cgroup: Path = _CGROUP, proc: Path = _PROC) -> int | None:
     return min(known) if known else None
 
 
+def free_bytes(cgroup: Path = _CGROUP, proc: Path = _PROC) -> int | None:
+    """What programs could still take: the kernel's own estimate, or what is left in the control group where that is less; None where neither is told."""
+    known = [value for value in (_meminfo(proc, "MemAvailable"), _left_in(cgroup)) if value is not None]
+    return min(known) if known else None
+
+
 def cache_bytes(cache: Path = _CACHE) -> int | None:
     """The largest cache of the highest level the first core sees."""
     found: list[tuple[int, int]] = []
@@ -63,10 +69,29 @@ def _quota(cgroup: Path) -> float | None:
     return quota / period if quota and period else None
 
 
-def _total_memory(proc: Path) -> int | None:
+def _left_in(cgroup: Path) -> int | None:
+    """Its limit less what it holds; the files it has cached count as free."""
+    for limit, held, stat, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
+        most, now = _number(cgroup / limit), _number(cgroup / held)
+        if most is not None and now is not None:
+            rows = dict(line.split(None, 1) for line in _read(cgroup / stat).splitlines() if " " in line)
+            return max(0, most - now + int(rows.get(cached, "0")))
+    return None
+
+
+def _meminfo(proc: Path, key: str) -> int | None:
     for line in _read(proc / "meminfo").splitlines():
-        if line.startswith("MemTotal:"):
+        if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
+    return None
+
+
+def _total_memory(proc: Path) -> int | None:
+    if (told := _meminfo(proc, "MemTotal")) is not None:
+        return told
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None

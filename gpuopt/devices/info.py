@@ -56,6 +56,7 @@ def describe(device_id: str) -> Device:
             kind="cpu",
             num_cores=cpu.num_cores(),
             memory_bytes=cpu.memory_bytes(),
+            free_bytes=cpu.free_bytes(),
             cache_bytes=cpu.cache_bytes(),
             notes=_why_not_the_gpu(),
         )
@@ -105,6 +106,7 @@ def _cuda(device_id: str) -> Device:
     uuid = f"GPU-{str(properties.uuid).removeprefix('GPU-')}"
     handle = nvml.handle_of(uuid)
     processes = None if handle is None else nvml.process_bytes(handle)
+    used = None if handle is None else nvml.used_bytes(handle)
     notes = (
         []
         if handle is not None
@@ -118,6 +120,7 @@ def _cuda(device_id: str) -> Device:
         capability=f"{properties.major}.{properties.minor}",
         num_sms=properties.multi_processor_count,
         memory_bytes=properties.total_memory,
+        free_bytes=None if used is None else max(0, properties.total_memory - used),
         cache_bytes=getattr(properties, "L2_cache_size", None),
         driver=nvml.driver(),
         clocks_mhz={} if handle is None else nvml.clocks_mhz(handle),

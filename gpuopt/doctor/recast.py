@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from gpuopt.core import kernels
 from gpuopt.core.result import Ceilings, OpRecord
 from gpuopt.core.spec import DTYPE_BYTES
 from gpuopt.doctor import modules
@@ -73,7 +74,8 @@ def saved_ms(evidence: Evidence, records: Iterable[OpRecord], dtype: str) -> flo
     is_nhwc = modules.is_channels_last(evidence)
     saved = 0.0
     for record in records:
-        now, then = floor_ns(record, ceilings, record.dtype), floor_ns(record, ceilings, dtype)
+        # TF32 allowed is not TF32 done: a library's kernel may multiply in plain fp32 all the same, and is then measured by that.
+        now, then = floor_ns(record, ceilings, "float32" if _is_plain(record) else record.dtype), floor_ns(record, ceilings, dtype)
         if not record.time_ns or not now or not then or then >= now:
             continue
         # As far from its ceiling as now, or as products of its kind are on tensor cores; where a cache makes it faster than memory, at its new floor.
@@ -81,6 +83,12 @@ def saved_ms(evidence: Evidence, records: Iterable[OpRecord], dtype: str) -> flo
         after = then / share
         saved += max(0.0, record.time_ns - max(after, min(record.time_ns, LAUNCH_NS * record.count)))
     return shown_ms(evidence, saved / 1e6)
+
+
+def _is_plain(record: OpRecord) -> bool:
+    """A product said to be TF32 whose kernels use no tensor cores."""
+    ways = {kernels.on_tensor_cores(name) for name in record.kernels if kernels.kind(name) in ("product", "attention")}
+    return record.dtype == "tf32" and ways == {False}
 
 
 def reach(record: OpRecord, dtype: str, is_nhwc: bool) -> float:
@@ -94,8 +102,11 @@ def reach(record: OpRecord, dtype: str, is_nhwc: bool) -> float:
     return REACHED["matrix"] if is_matrix(record) else 1.0
 
 
-def shown_ms(evidence: Evidence, saved: float) -> float:
-    """How much of device time saved shows in the wall time: nothing where the device waits for the host, and no more than what leaves the host its own time."""
+def shown_ms(evidence: Evidence, saved: float, gone: float = 0.0) -> float:
+    """How much of device time saved shows in the wall time: nothing where the device waits for the host, and no more than what leaves the host its own time.
+
+    gone: launches a call that go with it, which the host need not make either.
+    """
     wall = evidence.wall_ms
     if wall is None or not evidence.records or not evidence.on_gpu or _is_replayed(evidence):
         return saved
@@ -105,12 +116,22 @@ def shown_ms(evidence: Evidence, saved: float) -> float:
     if evidence.backend != "eager":
         return saved
     launches = sum(r.count for r in evidence.records if r.time_ns)
-    return max(0.0, min(saved, wall - launches * HOST_NS / 1e6))
+    return max(0.0, min(saved, wall - max(0.0, launches - gone) * HOST_NS / 1e6))
 
 
 def total_ms(records: Iterable[OpRecord]) -> float:
     """Their time a call."""
     return sum(r.time_ns or 0.0 for r in records) / 1e6
+
+
+def wall_share_ms(evidence: Evidence, records: Iterable[OpRecord]) -> float:
+    """Their time in an untraced call. On a GPU a kernel lasts as long as it lasts; on a CPU a profiler stretches each op by about as much, so a record is worth its share of all
+    records, and never more than that of the wall time."""
+    taken = total_ms(records)
+    whole = total_ms(evidence.records)
+    if evidence.on_gpu or evidence.wall_ms is None or not whole:
+        return taken
+    return taken * min(1.0, evidence.wall_ms / whole)
 
 
 def _is_replayed(evidence: Evidence) -> bool:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import wraps
+from typing import TypeVar
+from weakref import ReferenceType, ref
 
 from gpuopt.core.trace import Copy, Fetch, Kernel, RuntimeCall, Trace
 from gpuopt.doctor.evidence import Evidence
 
+Found = TypeVar("Found")
 _SYNCS = (
     "cudaDeviceSynchronize",
     "cudaStreamSynchronize",
@@ -31,11 +35,27 @@ class Gap:
     """Correlation of the work that ended it."""
 
 
+def _once(find: Callable[[Trace], Found]) -> Callable[[Trace], Found]:
+    """Ask the same of the same trace once: a dozen rules do, and a trace may hold a million events. Only the last trace's answer is kept, while that trace lives."""
+    kept: list[tuple[ReferenceType[Trace], Found]] = []
+
+    @wraps(find)
+    def once(trace: Trace) -> Found:
+        if kept and kept[0][0]() is trace:
+            return kept[0][1]
+        found = find(trace)
+        kept[:] = [(ref(trace, lambda _: kept.clear()), found)]
+        return found
+
+    return once
+
+
 def num_steps(trace: Trace) -> int:
     """Calls traced, at least 1: what every sum is divided by."""
     return max(1, len(trace.steps))
 
 
+@_once
 def work(trace: Trace) -> list[Kernel | Copy]:
     """Kernels and copies of the steps, by their start."""
     found: list[Kernel | Copy] = [k for k in trace.kernels if k.step is not None]
@@ -43,6 +63,7 @@ def work(trace: Trace) -> list[Kernel | Copy]:
     return sorted(found, key=lambda w: w.start_ns)
 
 
+@_once
 def gaps(trace: Trace) -> tuple[Gap, ...]:
     """Idle times between two pieces of work of the same step, over all streams. Before the first and after the last nothing is said: the step's ends do that."""
     found: list[Gap] = []
@@ -56,7 +77,7 @@ def gaps(trace: Trace) -> tuple[Gap, ...]:
     return tuple(found)
 
 
-def merged(items: Iterable[Kernel | Copy | Fetch]) -> list[tuple[int, int]]:
+def merged(items: Iterable[Kernel | Copy | Fetch | RuntimeCall]) -> list[tuple[int, int]]:
     """(start, end) of the times in which any of them ran, disjoint and in order."""
     found: list[tuple[int, int]] = []
     for start, end in sorted((i.start_ns, i.start_ns + i.dur_ns) for i in items):
@@ -124,6 +145,15 @@ def stretch(evidence: Evidence) -> float:
     return min(1.0, (idle + copying) / traced)
 
 
+def wait_stretch(evidence: Evidence) -> float:
+    """Untraced over traced idle time after waits, 0..1. A wait empties the queue with and without a tracer: all of the traced idle time counts, as far as the wall has room for it."""
+    trace, found = evidence.trace, evidence.waterfall
+    assert trace is not None
+    traced = math.fsum(idle_ns for _, idle_ns in waits(trace)) / num_steps(trace) / 1e6
+    return min(1.0, found.ms("synchronisation") / traced) if found is not None and traced > 0 else stretch(evidence)
+
+
+@_once
 def usual_gap_ns(trace: Trace) -> float:
     """Median idle time between two pieces of work that follow each other, 0 among them where they touch: what any launch costs here."""
     lengths: list[int] = []
@@ -136,7 +166,8 @@ def usual_gap_ns(trace: Trace) -> float:
     return float(sorted(lengths)[len(lengths) // 2]) if lengths else 0.0
 
 
-def waits(trace: Trace) -> Iterator[tuple[RuntimeCall, float]]:
+@_once
+def waits(trace: Trace) -> tuple[tuple[RuntimeCall, float], ...]:
     """(call that holds the host until the device is done, ns the device then idles before the work launched next), in the order of the calls.
 
     A blocking copy is one too. The idle time is that before the next launch of the same thread (before the end of the call where none comes), less what a launch usually costs.
@@ -149,6 +180,7 @@ def waits(trace: Trace) -> Iterator[tuple[RuntimeCall, float]]:
     before = {gap.before: gap.dur_ns for gap in gaps(trace) if gap.before is not None}
     usual = usual_gap_ns(trace)
     blocking = {c.correlation for c in trace.copies if c.kind == "d2h" and c.memory == "pageable" and c.correlation is not None}
+    found: list[tuple[RuntimeCall, float]] = []
     spent: set[int] = set()
     closed: set[int] = set()
     for call in trace.runtime:
@@ -170,7 +202,8 @@ def waits(trace: Trace) -> Iterator[tuple[RuntimeCall, float]]:
         elif after.correlation is not None and after.correlation not in spent:
             idle = max(0.0, before.get(after.correlation, 0) - usual)
             spent.add(after.correlation)
-        yield call, idle
+        found.append((call, idle))
+    return tuple(found)
 
 
 def kernel_ms(trace: Trace) -> float:

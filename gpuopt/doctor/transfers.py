@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpuopt.core.spec import DTYPE_BYTES
 from gpuopt.core.trace import Copy, Trace
 from gpuopt.doctor import modules
 from gpuopt.doctor.evidence import Evidence
-from gpuopt.doctor.timeline import merged, module_of, num_steps, overlap_ns
+from gpuopt.doctor.timeline import busy_ms, merged, module_of, num_steps, overlap_ns
 
 SMALL_BYTES = 4096
 """Below this a size says nothing: a bias, a mask and a shape all look alike."""
@@ -98,9 +98,27 @@ def exposed_ms(trace: Trace, copies: tuple[Copy, ...]) -> float:
     return exposed / num_steps(trace) / 1e6
 
 
+_MOVES = frozenset({"aten::to", "aten::_to_copy", "aten::copy_", "aten::cuda", "aten::cpu", "aten::_copy_from", "aten::empty_strided"})
+
+
+def op_ms(trace: Trace, copies: tuple[Copy, ...]) -> float:
+    """Milliseconds a call inside the ops that make these copies, the outermost `.to()` of each: what the host is held for, allocation and wait included."""
+    tops = {}
+    for copy in copies:
+        above = [o for o in trace.chain(copy.op) if o.name in _MOVES]
+        if above:
+            tops[above[-1].index] = above[-1].dur_ns
+    return sum(tops.values()) / num_steps(trace) / 1e6
+
+
 def held_ms(trace: Trace, copies: tuple[Copy, ...]) -> float:
     """Milliseconds a call these copies take: the host inside the calls of pageable ones, the transfers of the others."""
     pageable = {c.correlation for c in copies if c.memory == "pageable" and c.correlation is not None}
     host = sum(r.dur_ns for r in trace.runtime if r.correlation in pageable and r.step is not None)
     slow = sum(c.dur_ns for c in copies if c.memory == "pageable")
     return max(host, slow) / num_steps(trace) / 1e6 + exposed_ms(trace, tuple(c for c in copies if c.memory != "pageable"))
+
+
+def hidden_ms(trace: Trace, exposed: float) -> float:
+    """Of `exposed` milliseconds of copies a call, those that a copy of the next batch on a second stream would hide: no more than there is computing to hide them under."""
+    return min(exposed, busy_ms(replace(trace, copies=())))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,12 @@ class Seen:
     """Over how long throttling was counted."""
     failure: BaseException | None = None
     """What the build, or the first call in it, raised."""
+    batch_curve: Mapping[int, float] = field(default_factory=dict)
+    """Batch -> milliseconds a call, where larger batches were tried."""
+    recompiles: tuple[tuple[str, str], ...] = ()
+    """What torch.compile compiles again at other sizes: (function with its line, guard)."""
+    own_flags: Mapping[str, bool] = field(default_factory=dict)
+    """Switches as the user's own code left them, before this candidate's precision set them."""
 
 
 def of_machine(device: Device | None) -> Evidence:
@@ -69,6 +75,8 @@ def of_candidate(
     working = runner if seen.failure is None else None
     outputs = _outputs(working, given) if working is not None and given is not None else None
     module = model.module if isinstance(model.module, nn.Module) else None
+    # A module that is run as it is was asked for nothing: its tensors keep their own dtypes.
+    asked = None if candidate.precision is None and module is not None else precision
     return Evidence(
         device=device,
         environment=found,
@@ -78,26 +86,37 @@ def of_candidate(
         inputs=inputs,
         backend=candidate.backend.name,
         preset=candidate.backend.preset,
-        precision=precision.value,
+        precision=asked.value if asked is not None else None,
         transforms=transforms,
         input_mode=candidate.input_mode,
         batch=inputs.batch if inputs is not None else 1,
-        flags={**_flags(precision), "was_training": any("training mode" in note for note in model.notes)},
+        flags={
+            **_flags(precision),
+            **{f"own_{name}": value for name, value in seen.own_flags.items()},
+            "was_training": any("training mode" in note for note in model.notes),
+        },
         wall_ms=seen.wall_ms,
         trace=seen.trace,
         records=seen.records,
         count=count,
         waterfall=seen.waterfall,
         audit=working.audit() if working is not None else None,
-        compiled=_compiled(working, candidate.backend.preset),
+        compiled=_compiled(working, candidate.backend.preset, seen.recompiles),
         peak_bytes=seen.peak_bytes,
         throttled_ms=seen.throttled_ms,
         measured_ms=seen.measured_ms,
         memory_stats=_memory_stats(device),
+        batch_curve=seen.batch_curve,
         outputs=outputs,
-        first_nonfinite=_first_nonfinite(module, given, precision, outputs),
+        first_nonfinite=_first_nonfinite(module, given, asked, outputs),
         failure=seen.failure,
     )
+
+
+def switches() -> dict[str, bool]:
+    """TF32 as this process has it now: torch's defaults (products off, cuDNN on), or what the user's code set when it was imported."""
+    cudnn: Any = torch.backends.cudnn
+    return {"matmul_tf32": torch.get_float32_matmul_precision() != "highest", "cudnn_tf32": cudnn.conv.fp32_precision == "tf32"}
 
 
 def _flags(precision: Precision) -> dict[str, Any]:
@@ -106,7 +125,8 @@ def _flags(precision: Precision) -> dict[str, Any]:
         "matmul_tf32": precision is Precision.TF32,
         "cudnn_tf32": precision is Precision.TF32,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "grad_enabled": False,  # every runner turns it off: a script of the user's may not
+        # True of these runs: every runner turns it off. A user's own program may not, and is asked itself (`core.script.ModelCalls.num_grad_calls`).
+        "grad_enabled": False,
         "gpu_available": torch.cuda.is_available(),
     }
 
@@ -115,10 +135,13 @@ def _outputs(runner: Runner, given: Inputs) -> Any:
     return dict(compare.flatten(runner(*given.args, **given.kwargs)))
 
 
-def _compiled(runner: Runner | None, preset: str | None) -> Compiled | None:
-    """What torch.compile told a runner that went through it; None for one that did not."""
+def _compiled(runner: Runner | None, preset: str | None, recompiles: tuple[tuple[str, str], ...]) -> Compiled | None:
+    """What torch.compile told a runner that went through it, and at other sizes; None for one that did not."""
     told: Callable[[], Mapping[str, Any]] | None = getattr(runner, "compiled", None)
-    return Compiled(preset=preset, **told()) if told is not None else None
+    if told is None:
+        return None
+    found = Compiled(preset=preset, **told())
+    return replace(found, recompiles=(*found.recompiles, *recompiles))
 
 
 def _memory_stats(device: Device) -> dict[str, float]:
@@ -128,7 +151,7 @@ def _memory_stats(device: Device) -> dict[str, float]:
     return {key: float(stats[key]) for key in MEMORY_KEYS if key in stats}
 
 
-def _first_nonfinite(module: nn.Module | None, given: Inputs | None, precision: Precision, outputs: Any) -> str | None:
+def _first_nonfinite(module: nn.Module | None, given: Inputs | None, precision: Precision | None, outputs: Any) -> str | None:
     """The first module, in order of execution, whose output holds NaN or Inf though none of its inputs does; looked for only where the outputs do."""
     if module is None or given is None or outputs is None or not any(_nonfinite(value) for value in outputs.values()):
         return None
@@ -142,9 +165,9 @@ def _first_nonfinite(module: nn.Module | None, given: Inputs | None, precision: 
 
         return look
 
-    dtype = getattr(torch, precision.dtype)
+    dtype = getattr(torch, precision.dtype) if precision is not None else None
     twin = copy.deepcopy(module)  # the module itself is evidence, as it was loaded
-    twin = twin.to(dtype) if dtype.is_floating_point else twin
+    twin = twin.to(dtype) if dtype is not None and dtype.is_floating_point else twin
     where = next((t.device for t in (*given.args, *given.kwargs.values()) if isinstance(t, torch.Tensor)), torch.device("cpu"))
     twin = twin.to(where)
     try:

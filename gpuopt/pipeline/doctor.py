@@ -10,9 +10,13 @@ from statistics import median
 from gpuopt.core import codec
 from gpuopt.core.progress import Progress, Silent
 from gpuopt.core.result import Finding, GateResult, Report, Run
-from gpuopt.core.spec import Candidate, Change, Job, Transforms
-from gpuopt.pipeline import facts, figures, jobs
-from gpuopt.pipeline.isolate import Child, ChildFailed
+from gpuopt.core.spec import Candidate, Change, Job
+from gpuopt.pipeline import facts, isolate, jobs, reporting
+from gpuopt.pipeline import machine as machines
+from gpuopt.pipeline.isolate import ChildFailed
+from gpuopt.pipeline.machine import Machine
+from gpuopt.pipeline.seats import Seat, built, diagnose, interleaved, loaded, prepare, probed, profiled, seated, verified
+from gpuopt.pipeline.seats import measured as timed
 
 SEVERITIES = ("error", "warning", "info")
 """From the worst down; `fail_on` names the mildest that fails."""
@@ -24,9 +28,9 @@ def doctor(job: Job, progress: Progress | None = None) -> Report:
     if not job.candidates:
         return _of_machine(job, progress)
     candidate = jobs.only(job)
-    asked, job = job, _as_is(job, candidate)
-    machine = jobs.surveyed(job, progress)
-    with jobs.seated(candidate, job, progress) as seat:
+    asked, job = job, jobs.as_is(job, candidate)
+    machine = machines.surveyed(job, progress)
+    with seated(candidate, job, progress) as seat:
         found = _diagnosed(seat, job, machine)
         if seat.ok:
             progress.update(seat.key, None, "done")
@@ -36,53 +40,41 @@ def doctor(job: Job, progress: Progress | None = None) -> Report:
     if job.fix and seat.ok:
         found, more = _fixed(asked, machine, candidate, found, progress)
         runs = more or runs
-    report = jobs.finish(job, machine.found, runs, progress)
+    report = reporting.finish(job, machine.found, runs, progress)
     report = replace(report, findings=(*found, *(f for f in report.findings if f.code == "guessed-inputs")))
     return replace(report, gates=(*report.gates, *_judged(found, job.fail_on)))
 
 
-def _as_is(job: Job, candidate: Candidate) -> Job:
-    """Without verification where nothing is changed: there is nothing to verify, and a change that --fix makes is compared with it all the same."""
-    is_plain = candidate.backend.name == "eager" and candidate.precision is None and candidate.transforms == Transforms()
-    return replace(job, bench=replace(job.bench, verify="off")) if is_plain else job
-
-
 def _of_machine(job: Job, progress: Progress) -> Report:
-    found = jobs.survey(job, progress, ceilings=False)
-    with Child() as child:
+    found = machines.survey(job, progress, ceilings=False)
+    with isolate.Child() as child:
         told = child.call(
-            "diagnose", facts.Diagnosed, timeout_s=jobs.SURVEY_TIMEOUT_S, device=found.device, ignore=list(job.ignore)
+            "diagnose", facts.Diagnosed, timeout_s=machines.SURVEY_TIMEOUT_S, device=found.device, ignore=list(job.ignore)
         ).findings
-    report = jobs.finish(job, found, [], progress)
+    report = reporting.finish(job, found, [], progress)
     return replace(report, findings=told, gates=_judged(told, job.fail_on))
 
 
-def _diagnosed(seat: jobs.Seat, job: Job, machine: jobs.Machine) -> tuple[Finding, ...]:
+def _diagnosed(seat: Seat, job: Job, machine: Machine) -> tuple[Finding, ...]:
     """Load, build, time, trace, then ask the rules; where the build or the first call fails, ask them about that."""
-    seat.step(lambda s: figures.loaded(s.run, s.ask("load", facts.Loaded, candidate=s.candidate)))
+    seat.step(loaded)
     if not seat.ok:
         return ()
     try:
-        built = seat.ask("build", facts.Built, build_only=False)
+        seat.run = built(seat)
     except ChildFailed as failure:
         seat.fail(failure)
         return diagnose(seat, job, machine) if seat.child.alive else ()
-    seat.count = built.count
-    seat.run = figures.built(seat.run, built, seat.candidate)
     if job.bench.verify != "off":
-        seat.step(lambda s: figures.verified(s.run, s.ask("verify", facts.Verified, tolerance=job.tolerance, mode=job.bench.verify)))
-    seat.step(lambda s: jobs.measured(s, job, machine))
-    seat.step(lambda s: machine.judged(lambda device: jobs.profiled(s, job, device)))
+        seat.step(lambda s: verified(s, job))
+    seat.step(lambda s: timed(s, job, machine))
+    seat.step(lambda s: probed(s, machine))
+    seat.step(lambda s: machine.judged(lambda device: profiled(s, job, device)))
     return diagnose(seat, job, machine) if seat.child.alive else ()
 
 
-def diagnose(seat: jobs.Seat, job: Job, machine: jobs.Machine) -> tuple[Finding, ...]:
-    """The findings of a seat whose child still lives."""
-    return seat.ask("diagnose", facts.Diagnosed, device=machine.device, ignore=list(job.ignore)).findings
-
-
 def _fixed(
-    job: Job, machine: jobs.Machine, candidate: Candidate, found: tuple[Finding, ...], progress: Progress
+    job: Job, machine: Machine, candidate: Candidate, found: tuple[Finding, ...], progress: Progress
 ) -> tuple[tuple[Finding, ...], list[Run]]:
     """Each change alone and all of them together, built, verified and timed in interleaved blocks with the model as it is; predicted beside measured."""
     wanted = [f for f in found if f.change is not None and (f.safe or job.unsafe_fixes)]
@@ -96,12 +88,12 @@ def _fixed(
     with ExitStack() as stack:
         seats = []
         for one in (candidate, *tried):
-            seat = stack.enter_context(jobs.seated(one, job, progress))
-            jobs.prepare(seat, replace(_as_is(job, one), verb="bench"))
+            seat = stack.enter_context(seated(one, job, progress))
+            prepare(seat, replace(jobs.as_is(job, one), verb="bench"))
             seats.append(seat)
         live = [seat for seat in seats if seat.ok]
         if len(live) > 1:
-            jobs.interleaved(live, job, machine, progress)
+            interleaved(live, job, [machine], progress)
     base = seats[0]
     if not base.ok or not base.sampled.samples_ns:
         return found, [seat.run for seat in seats]

@@ -11,20 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gpuopt.core import kernels as kernel_names
+from gpuopt.core.progress import Progress
 from gpuopt.core.result import SCHEMA_VERSION, Ceilings, Count, Device, OpRecord, Report, RooflinePoint, Run
+from gpuopt.core.spec import Job
 from gpuopt.core.trace import Trace
 from gpuopt.devices import peaks
 from gpuopt.doctor.diagnose import diagnose
 from gpuopt.doctor.evidence import Evidence
-from gpuopt.pipeline import environment
+from gpuopt.pipeline import environment, machine, tables
 from gpuopt.profiling import attribute, roofline, waterfall
 from gpuopt.profiling.foreign import MAX_BYTES, MAX_EVENTS, Foreign, read_foreign, uncollected
 
 BACKEND = "trace"
 """In the place of a backend: nobody knows what ran."""
-NUM_KERNELS = 200
-"""Rows of the kernels table; the rest is summed in its last row."""
 NOTHING_COUNTED = Count(records=(), flops=0.0, flops_by_dtype={}, bytes=0.0, coverage=0.0, method="none: a trace without its model")
 
 
@@ -45,22 +47,21 @@ def explain(
     ignore: codes or names of rules that stay silent. max_bytes, max_events: see `profiling.foreign.read_foreign`, whose BadInput passes through.
     """
     with uncollected():
-        return _explained(read_foreign(path, max_bytes=max_bytes, max_events=max_events), path, here, command=command, ignore=ignore)
+        return explained(read_foreign(path, max_bytes=max_bytes, max_events=max_events), path, here, command=command, ignore=ignore)
 
 
-def _explained(foreign: Foreign, path: Path, here: Device | None, *, command: str, ignore: Collection[str]) -> Report:
+def explained(foreign: Foreign, path: Path, here: Device | None = None, *, command: str = "", ignore: Collection[str] = ()) -> Report:
+    """The same of a trace that has been read. `path`: for its name alone."""
     trace = foreign.trace
     device, notes = _device(foreign, here)
     wall_ms = mean_span_ms(trace)
     ceilings = device.ceilings
     records, points, refused = priced(trace, ceilings)
-    parts = waterfall.build(trace, wall_ms, ceilings, records)
-    # Nobody timed these calls without a profiler.
-    parts = replace(parts, method=parts.method.replace("untraced", "traced"))
+    parts = waterfall.build(trace, wall_ms, ceilings, records, is_traced=True)
     findings = diagnose(
         Evidence(
             # Another maker's GPU is judged by no rule that knows NVIDIA's.
-            device=None if foreign.vendor == "amd" else device,
+            device=device if foreign.vendor in ("nvidia", "") else None,
             model=path.name,
             backend=BACKEND,
             wall_ms=wall_ms,
@@ -81,6 +82,7 @@ def _explained(foreign: Foreign, path: Path, here: Device | None, *, command: st
             f"wall time is the mean of {_calls(trace)} as traced: tracing makes the host slower, so waits and gaps are upper bounds, and nothing here is a latency",
             *notes,
             *trace.notes,
+            *told(trace),
             *refused,
         ),
         reproduce=f"gpuopt profile --trace {shlex.quote(path.name)}",
@@ -93,8 +95,16 @@ def _explained(foreign: Foreign, path: Path, here: Device | None, *, command: st
         device=device,
         runs=(run,),
         findings=findings,
-        tables={"kernels": kernels(trace), "trace": {"events": foreign.num_events, "steps": len(trace.steps), **foreign.facts}},
+        tables={**tables_of(trace), "trace": {"events": foreign.num_events, "calls": len(trace.steps), **foreign.facts}},
     )
+
+
+def same_here(device: Device | None, job: Job, progress: Progress) -> Device | None:
+    """This machine's device with its ceilings, where it is one like the trace's; None where it is not, and then nothing is measured."""
+    if device is None or device.kind != "cuda" or not torch.cuda.device_count():
+        return None
+    here = machine.survey(job, progress, ceilings=False).device
+    return machine.survey(job, progress).device if (here.kind, here.name) == (device.kind, device.name) else None
 
 
 def mean_span_ms(trace: Trace) -> float:
@@ -102,40 +112,47 @@ def mean_span_ms(trace: Trace) -> float:
     return sum(step.dur_ns for step in trace.steps) / len(trace.steps) / 1e6 if trace.steps else 0.0
 
 
-def kernels(trace: Trace, top: int = NUM_KERNELS) -> list[dict[str, Any]]:
-    """What ran on the device in the steps, by name: `{kernel, count, time_ms, pct}` a call, longest first; where nothing did, ops by their own time.
-
-    `pct` is of the summed times. What is beyond `top` rows is one row at the end.
-    """
-    sums: dict[str, list[int]] = {}
-
-    def add(name: str, dur_ns: int) -> None:
-        row = sums.setdefault(name, [0, 0])
-        row[0] += 1
-        row[1] += dur_ns
-
-    for kernel in trace.kernels:
-        if kernel.step is not None:
-            add(kernel.name, kernel.dur_ns)
-    for copy in trace.copies:
-        if copy.step is not None:
-            add(f"memcpy {copy.kind}" + (f" ({copy.memory})" if copy.memory else ""), copy.dur_ns)
-    if not trace.on_device:
-        for op in trace.ops:
-            if op.step is not None:
-                add(op.name, op.self_ns)
-    steps = max(1, len(trace.steps))
-    total = sum(ns for _, ns in sums.values()) or 1
-    order = sorted(sums, key=lambda name: (-sums[name][1], name))
-    rows = [_row(name, sums[name][0], sums[name][1], steps, total) for name in order[:top]]
-    rest = order[top:]
-    if rest:
-        rows.append(_row(f"{len(rest)} others", sum(sums[n][0] for n in rest), sum(sums[n][1] for n in rest), steps, total))
-    return rows
+def tables_of(trace: Trace) -> dict[str, Any]:
+    """`kernels`, and where the trace has them `lines`, `devices` and `communication`."""
+    wire, busy, lines = tables.communication(trace), tables.devices(trace), tables.lines(trace)
+    found: dict[str, Any] = {"kernels": tables.kernels(trace)}
+    if lines:
+        found["lines"] = lines
+    if len(busy) > 1:
+        found["devices"] = busy
+    if wire is not None:
+        found["communication"] = wire
+    return found
 
 
-def _row(name: str, count: int, time_ns: int, steps: int, total_ns: int) -> dict[str, Any]:
-    return {"kernel": name, "count": count / steps, "time_ms": time_ns / steps / 1e6, "pct": 100.0 * time_ns / total_ns}
+def told(trace: Trace) -> list[str]:
+    """What the tables show, in words: graphs, compiled regions, communication, devices."""
+    notes: list[str] = []
+    share = tables.replayed(trace)
+    if share >= 0.5:
+        notes.append(
+            f"{100 * share:.0f}% of the kernel time was replayed from CUDA graphs: a trace does not say which op or module launched a replayed kernel, "
+            "and the tracer makes a graph's launch longer than it is without it"
+        )
+    regions = tables.compiled(trace)
+    if regions is not None:
+        count = regions["regions"]
+        notes.append(
+            f"torch.compile: {count:.3g} compiled region{'s' if count != 1 else ''} a call, {regions['pct']:.0f}% of the kernel time in "
+            + ("them" if count != 1 else "it")
+            + (": more than one is a graph break each" if count > 1 else "")
+        )
+    wire = tables.communication(trace)
+    if wire is not None:
+        notes.append(
+            f"communication: {wire['kernels']:.3g} collectives a call, {wire['time_ms']:.3g} ms, of which {wire['exposed_ms']:.3g} ms with nothing else running "
+            "(a collective waits for the slowest rank inside its kernel; the waterfall has it under `other compute`)"
+        )
+    busy = tables.devices(trace)
+    if len(busy) > 1:
+        listed = ", ".join(f"{row['device']}: {row['busy_ms']:.3g} ms" for row in busy)
+        notes.append(f"busy a call by device, of {mean_span_ms(trace):.3g} ms: {listed}")
+    return notes
 
 
 def _calls(trace: Trace) -> str:

@@ -38,6 +38,8 @@ class Loaded:
     precision: str
     """The precision asked for, or the model's own."""
     load_s: float
+    device: str = ""
+    """Its id: `cuda` is `cuda:0` by now."""
     notes: tuple[str, ...] = ()
     bundle_backend: str | None = None
     """A bundle brings its own backend."""

@@ -22,7 +22,9 @@ def started(candidate: Candidate) -> Run:
         precision=candidate.precision.value if candidate.precision else None,
         dims=dict(candidate.dims),
         batch=candidate.dims.get("N"),
+        dim_ranges={dim.name: (dim.low, dim.high) for dim in candidate.inputs.dims if dim.low is not None and dim.high is not None},
         input_mode=candidate.input_mode,
+        device=candidate.device if candidate.device != "auto" else None,
         reproduce=reproducer(candidate),
     )
 
@@ -35,10 +37,12 @@ def loaded(run: Run, found: facts.Loaded) -> Run:
         backend=found.bundle_backend or run.backend,
         preset=found.bundle_preset if found.bundle_backend else run.preset,
         precision=found.precision,
+        device=found.device or run.device,
         transforms=found.transforms,
         batch=found.dims.get("N", 1),
         dims=found.dims,
         inputs=found.inputs,
+        signature=found.signature,
         input_source=found.input_source,
         load_s=found.load_s,
         notes=(*run.notes, *found.notes),

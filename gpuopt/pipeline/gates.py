@@ -26,20 +26,23 @@ EXIT_OF_STATUS = {
 }
 
 
-def label(run: Run) -> str:
-    """What tells this run apart, for a line of text."""
+def label(run: Run, *, where: bool = False) -> str:
+    """What tells this run apart, for a line of text; `where` its device does."""
     dims = ",".join(f"{k}={v}" for k, v in run.dims.items())
     backend = run.backend + (f":{run.preset}" if run.preset else "")
-    return " ".join(p for p in (run.model, backend, run.precision, dims, run.input_mode if run.input_mode != "device" else "") if p)
+    on = f"on {run.device}" if where and run.device else ""
+    return " ".join(p for p in (run.model, backend, run.precision, dims, run.input_mode if run.input_mode != "device" else "", on) if p)
 
 
 def judge(runs: Iterable[Run], gates: Gates) -> tuple[GateResult, ...]:
     """One result for each gate and run that ended ok; a gate whose figure is missing fails, with that as its figure."""
     found: list[GateResult] = []
+    runs = list(runs)
+    several = len({run.device for run in runs}) > 1
     for run in runs:
         if run.status is not Status.OK:
             continue
-        name = label(run)
+        name = label(run, where=several)
         if gates.min_tflops is not None:
             figure = run.tflops
             shown = "no FLOP count" if figure is None else f"{figure:.4g} TFLOP/s"

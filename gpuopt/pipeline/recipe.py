@@ -245,7 +245,7 @@ def expand(
     input_modes: Sequence[str] = (),
     device: str = "auto",
 ) -> tuple[Candidate, ...]:
-    """Every combination, each once. What is compared with each other lies together: sizes and input mode vary slowest, then model, precision, backend."""
+    """Every combination, each once; `device` may name several with commas between them. What is compared with each other lies together: sizes and input mode vary slowest, then model, precision, backend."""
     inputs = inputs or InputSpec()
     for model in models:
         if not model.text.isprintable() or len(model.text) > MAX_NAME:
@@ -259,7 +259,10 @@ def expand(
         dict(zip((dim.name for dim in inputs.dims), values, strict=True))
         for values in itertools.product(*(dim.values for dim in inputs.dims))
     ]
-    axes: tuple[Sequence[Any], ...] = (sizes, input_modes or ("device",), models, precisions or (None,), backends or (None,))
+    devices = tuple(part.strip() for part in device.split(","))
+    if not all(devices):
+        raise UsageError(f"device {device!r} names none", fix="--device cpu, cuda, or cpu,cuda to compare the two")
+    axes: tuple[Sequence[Any], ...] = (sizes, input_modes or ("device",), models, devices, precisions or (None,), backends or (None,))
     # An ONNX file has no eager form: unasked, it runs in ONNX Runtime.
     own = {model.text: "ort" if _is_onnx(model.text) else "eager" for model in models}
     total = 1
@@ -275,10 +278,10 @@ def expand(
             precision=chosen,
             transforms=transforms or Transforms(),
             dims=dims,
-            device=device,
+            device=where,
             input_mode=mode,
         )
-        for dims, mode, model, chosen, backend in itertools.product(*axes)
+        for dims, mode, model, where, chosen, backend in itertools.product(*axes)
     ]
     unique: list[Candidate] = []
     for candidate in found:  # a candidate holds dicts, so it has no hash

@@ -189,7 +189,7 @@ def _told(out: Path, program: Program, code: int | None) -> dict[str, Any]:
             return {"script": {}, "state": "running"}
         raise Unavailable(
             f"{program.interpreter} could not start the recorder (exit code {code}; its own words are above): most likely it has no gpuopt, or no torch",
-            fix="pip install gpuopt into that environment, or name the Python that has both: gpuopt profile -- /path/to/python infer.py",
+            fix=f"pip install gpuopt torch into that environment, or use a Python that has both, as this one does: gpuopt profile -- {shlex.join([sys.executable, *program.words])}",
         )
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
@@ -250,6 +250,7 @@ def _report(
         parts = waterfall.build(trace, wall_ms, ceilings, records)
         notes = [
             *notes,
+            *(elsewhere.told(trace)),
             *(n for n in trace.notes if not n.startswith(("no stacks", "no device events")) and "ProfilerStep" not in n),
             *refused,
         ]
@@ -292,7 +293,7 @@ def _report(
         "exit": {"code": code, "error": told.get("error"), "forks": told.get("forks", 0)},
     }
     if trace is not None:
-        tables["kernels"] = elsewhere.kernels(trace)
+        tables |= elsewhere.tables_of(trace)
     return Report(
         schema_version=SCHEMA_VERSION,
         command=command,
@@ -313,7 +314,7 @@ def _main(script: Script) -> ModelCalls | None:
 def _ending(program: Program, told: dict[str, Any], code: int | None, timeout_s: float | None, script: Script) -> tuple[Status, str, str]:
     """(status, reason, fix) of how it went."""
     calls = sum(model.num_calls for model in script.modules)
-    seen = f"after {calls} calls of its models" if calls else "before it called a model"
+    seen = f"after {calls} call{'s' if calls != 1 else ''} of its models" if calls else "before it called a model"
     if code is None:
         return (
             Status.TIMEOUT,
@@ -372,7 +373,7 @@ def _overall(script: Script, told: dict[str, Any], trace: Trace | None) -> list[
     if trace is not None:
         notes.append(
             f"up to six calls from call {FIRST} on ran under torch.profiler, which took {units.format_seconds(script.tracing_s)} to start and to write; "
-            "times come from the other calls where there are any, from the start of one to the next"
+            "times come from the other calls where there are any, from the start of one to the next; what the program prints about its own speed includes the profiler"
         )
     others = _others(told)
     if others:

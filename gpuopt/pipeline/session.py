@@ -28,14 +28,16 @@ from gpuopt.converters import onnx as onnx_file
 from gpuopt.converters import precision as precisions
 from gpuopt.converters import weights as weight_files
 from gpuopt.core.errors import GpuoptError, Unsupported, UsageError
+from gpuopt.core.launches import Launch
 from gpuopt.core.live import Inputs, Model, Runner
 from gpuopt.core.result import Accuracy, Count, Device, Manifest, Samples
 from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, InputSpec, Precision, TensorSpec, Tolerance, Transforms
+from gpuopt.core.trace import Trace
 from gpuopt.devices import ceilings as measured_ceilings
 from gpuopt.devices import info
 from gpuopt.doctor import diagnose as doctor
 from gpuopt.loaders import inputs as input_maker
-from gpuopt.pipeline import diagnosis, environment, facts, figures, packs, route, verification
+from gpuopt.pipeline import diagnosis, environment, facts, figures, packs, probing, route, verification
 from gpuopt.pipeline.anchor import Anchor
 from gpuopt.profiling import attribute, bounds, count, memory, roofline, trace, useful, waterfall, waves
 from gpuopt.timing import clocks, loop
@@ -123,6 +125,7 @@ class Session:
             dims=dict(made.dims),
             precision=self._precision.value,
             load_s=time.monotonic() - began,
+            device=candidate.device,
             notes=tuple(self._notes),
             bundle_backend=backend,
             bundle_preset=preset,
@@ -179,6 +182,7 @@ class Session:
 
     def _build(self, candidate: Candidate, model: Model, build_only: bool) -> facts.Built:
         backend = load_backend(candidate.backend.name)
+        self._seen.own_flags = diagnosis.switches()
         self._stack.enter_context(precisions.flags(self._precision))
         self._progress(None, f"building {candidate.backend}")
         began = time.monotonic()
@@ -232,7 +236,9 @@ class Session:
             options["layer_flops"] = layer_flops(model.path, candidate)
             return backend.build(model, self._given(precision, model), options), model
         change = candidate.transforms
-        changed = converters.apply(model, precision, change, self._sample(precision, "cpu"))
+        # As it is means as it is: a cast to the dtype of most parameters would hide the few that differ, and what they cost.
+        to = None if candidate.precision is None and precision is self._precision else precision
+        changed = converters.apply(model, to, change, self._sample(precision, "cpu"))
         self._notes += [n for n in changed.notes if n not in self._notes]
         if way == "via ONNX":
             folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="gpuopt-onnx-")))
@@ -460,12 +466,14 @@ class Session:
     def _timed(self) -> tuple[Callable[[], Any], clocks.Clock, str]:
         """The call that is timed: the runner alone, or with its inputs copied in and its outputs copied out."""
         candidate, _ = self._loaded()
-        runner = self._built()
-        device = candidate.device
-        given = self._given()
+        return self._timed_on(self._given()), clocks.for_device(candidate.device), candidate.device
+
+    def _timed_on(self, given: Inputs) -> Callable[[], Any]:
+        candidate, _ = self._loaded()
+        runner, device = self._built(), candidate.device
         if candidate.input_mode == "device":
             args, kwargs = given.args, dict(given.kwargs)
-            return (lambda: runner(*args, **kwargs)), clocks.for_device(device), device
+            return lambda: runner(*args, **kwargs)
         if candidate.input_mode != "host":
             raise UsageError(f"input mode {candidate.input_mode!r} is not known", fix="--input-mode device|host")
         held = given.map(lambda t: t.cpu() if isinstance(t, torch.Tensor) else t)
@@ -474,7 +482,43 @@ class Session:
             moved = held.map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t)
             return move(runner(*moved.args, **moved.kwargs), "cpu")
 
-        return with_copies, clocks.for_device(device), device
+        return with_copies
+
+    # -- probe --------------------------------------------------------------------------------------------------------------------
+
+    def probe(self, device: Device, wall_ms: float) -> None:
+        """For the doctor alone, before the trace: how long larger batches take, and what torch.compile compiles again at other sizes. Whatever cannot be tried is left out:
+        the user's own tensors have one size, and so has most of what was built."""
+        candidate, model = self._loaded()
+        if self._is_given(candidate) or self._manifest is not None or model.form != "module":
+            return
+        ranges = dynamic_ranges(candidate)
+        call, clock, where = self._timed()
+        if device.kind == "cuda" and "N" in candidate.dims and (self._is_eager() or "N" in ranges):
+            self._progress(None, "timing larger batches")
+            with precisions.flags(self._precision):
+                self._seen.batch_curve = probing.curve(
+                    lambda batch: self._timed_on(self._of_size({**candidate.dims, "N": batch})),
+                    clock,
+                    batch=self._inputs_batch(),
+                    wall_ms=wall_ms,
+                    peak_bytes=self._seen.peak_bytes,
+                    device=device,
+                    largest=ranges["N"][1] if not self._is_eager() else None,
+                )
+                probing.settle(call, where)
+        if candidate.backend.name == "inductor":
+            from gpuopt.programs import breaks  # takes a second, and no other backend has any
+
+            self._progress(None, "tracing other sizes")
+            assert self._changed is not None
+            found = probing.calls(probing.sizes(candidate.dims, ranges), self._of_size)
+            self._seen.recompiles = breaks.probe(self._changed.module, found)
+
+    def _of_size(self, dims: dict[str, int]) -> Inputs:
+        candidate, _ = self._loaded()
+        dtype = getattr(torch, self._precision.dtype)
+        return self._batch(candidate.inputs.seed, dims).map(lambda t: verification.cast(t, dtype, candidate.device))
 
     # -- profile ------------------------------------------------------------------------------------------------------------------
 
@@ -484,9 +528,14 @@ class Session:
         self.require_traceable()
         self._progress(None, "tracing")
         module = self._changed.module if self._changed is not None and self._is_eager() else None
-        traced = trace.record(call, where, with_modules=module)
+        own = (
+            getattr(self._built(), "trace", None) if where == "cpu" else None
+        )  # what torch.profiler cannot see there, a runner may tell itself
+        traced = own() if own is not None else trace.record(call, where, with_modules=module)
         counted = self._count or NOTHING_COUNTED
-        records = attribute.attribute(traced, counted)
+        told: Callable[[], tuple[Launch, ...]] | None = getattr(self._built(), "launches", None)
+        twin, notes = self._twin(where)
+        records = attribute.attribute(traced, counted, launches=told() if told is not None else (), twin=twin)
         timed_ns = sum(r.time_ns or 0.0 for r in records)
         placed_ns = sum(r.time_ns or 0.0 for r in records if r.module != "?")
         self._seen.trace, self._seen.records, self._seen.wall_ms = traced, records, wall_ms
@@ -511,9 +560,21 @@ class Session:
             ),
             coverage=attribute.coverage(records),
             attributed=placed_ns / timed_ns if timed_ns else None,
+            notes=notes,
         )
 
-    def require_traceable(self) -> facts.Diagnosed:
+    def _twin(self, where: str) -> tuple[Trace | None, tuple[str, ...]]:
+        """The call a CUDA graph was recorded from, traced with its modules; None for what is no graph of a module. And what there is to say about it."""
+        found = getattr(self._built(), "ungraphed", lambda: None)()
+        if found is None:
+            return None, ()
+        self._progress(None, "tracing without the CUDA graph")
+        try:
+            return trace.record(found[1], where, steps=1, warmup=1, with_modules=found[0]), ()
+        except torch.OutOfMemoryError:
+            return None, ("no memory to run the model beside its CUDA graph: the graph's kernels belong to no module",)
+
+    def require_traceable(self) -> None:
         """Raises Unsupported for a backend whose work no trace shows: asked before it is built, so that nobody waits for a refusal."""
         candidate, _ = self._loaded()
         if candidate.device == "cpu" and getattr(self._backend(), "OPAQUE_ON_CPU", False):
@@ -521,7 +582,6 @@ class Session:
                 "what this backend runs on a CPU is invisible to torch.profiler: all of its time would read as python and framework",
                 fix="gpuopt bench times it; profile the source model with --backend eager",
             )
-        return facts.Diagnosed(findings=())
 
     # -- diagnose -----------------------------------------------------------------------------------------------------------------
 
@@ -625,7 +685,7 @@ class Session:
         where = info.resolve(device_id)
         device = info.describe(where)
         model = loaders.load(candidate.model) if candidate is not None else None
-        cells = tuple(_cell(name, model.form if model else None, device) for name in backends.BACKENDS)
+        cells = tuple(_cell(name, model.form if model else None, device) for name in backends.listed())
         return facts.Matrix(
             environment=environment.describe(),
             device=device,

@@ -1,20 +1,22 @@
 """Trace + Count -> op records with times, and the module tree.
 
 A kernel belongs to the op that launched it (correlation id, then time on the launching thread), the op to the module whose range encloses it. FLOPs and bytes come from the
-count of the same module, op and shapes; a count row that the trace runs more or less often is scaled by calls. What cannot be attributed (a kernel replayed from a CUDA graph,
-a fused kernel) is a row of its own, module "?", under its own name: its time is never spread over others, its FLOPs are None.
+count of the same module, op and shapes; a count row that the trace runs more or less often is scaled by calls. Compiled code and CUDA graphs have no ranges: there a kernel
+belongs to the launch of the artifact it is aligned with, or to the op that launches the same kernel without the graph (launched.py). What cannot be attributed is a row of its
+own, module "?", under its own name: its time is never spread over others, its FLOPs are None.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from gpuopt.core.result import Ceilings, Count, ModuleRow, OpRecord
+from gpuopt.core.launches import Launch
+from gpuopt.core.result import Ceilings, Count, KernelTime, ModuleRow, OpRecord
 from gpuopt.core.spec import DTYPE_BYTES
 from gpuopt.core.trace import CpuOp, Trace
-from gpuopt.profiling import formulas, roofline
+from gpuopt.profiling import formulas, launched, roofline
 
 UNKNOWN_MODULE = "?"
 
@@ -32,9 +34,6 @@ _KINETO_DTYPES = {
     "bool": "bool",
 }
 
-# Inductor names its generated kernels by kind; pointwise, reduction and persistent reduction hold no products (templates, `triton_tem_`, do).
-_FUSED_WITHOUT_PRODUCTS = ("triton_poi_", "triton_red_", "triton_per_", "triton_for_")
-
 
 @dataclass(slots=True)
 class _Row:
@@ -47,8 +46,9 @@ class _Row:
     dtype: str | None
     time_ns: float = 0.0
     launches: int = 0
-    instances: set[int] = field(default_factory=set)
+    instances: set[Hashable] = field(default_factory=set)
     kernels: dict[str, float] = field(default_factory=dict)
+    kernel_launches: dict[str, int] = field(default_factory=dict)
     sources: tuple[OpRecord, ...] = ()
     """The count rows behind it."""
     is_exact: bool = True
@@ -56,22 +56,40 @@ class _Row:
     flops: float | None = None
     bytes: float | None = None
     """A call, where the count has no row."""
+    line: str = ""
+    """Where the artifact says it comes from; "": the count's lines stand."""
+    told: dict[int, Launch] = field(default_factory=dict)
+    """Launches that carry their own FLOPs and bytes, each run once a call."""
 
 
-def attribute(trace: Trace, count: Count) -> tuple[OpRecord, ...]:
+def attribute(trace: Trace, count: Count, *, launches: Sequence[Launch] = (), twin: Trace | None = None) -> tuple[OpRecord, ...]:
     """Records in order of their time, longest first; times and FLOPs are of one forward (the mean over the traced steps).
 
     On a device the time is that of kernels and copies; without one it is each op's self time. Copies between host and device are rows `memcpy h2d`, `memcpy d2h`.
+
+    Parameters
+    ----------
+    launches: what the traced artifact launches in a call, in order. A product's row is its module's in the count; ops fused into one kernel are one row that names them.
+    twin: the same call as it was recorded into a CUDA graph, traced without the graph and with module ranges.
     """
     steps = max(1, len(trace.steps))
     index = _Index(count)
     wrappers = _wrappers(trace, index)
     rows: dict[tuple[str, ...], _Row] = {}
+    origins = launched.origins(trace, launches, index.by_op) if launches else {}
     if trace.on_device:
-        for kernel in trace.kernels:
-            if kernel.step is not None:
+        again = launched.by_twin(trace, twin) if twin is not None else {}
+        twin_wrappers = _wrappers(twin, index) if twin is not None else set()
+        for at, kernel in enumerate(trace.kernels):
+            if kernel.step is None:
+                continue
+            if at in origins:
+                row = _made_row(index, rows, origins[at], kernel.step)
+            elif twin is not None and at in again:
+                row = _row_of(twin, index, twin_wrappers, rows, again[at], kernel.name, is_graph=False, step=kernel.step)
+            else:
                 row = _row_of(trace, index, wrappers, rows, kernel.op, kernel.name, is_graph=kernel.graph_id is not None)
-                _add(row, kernel.dur_ns, kernel.name)
+            _add(row, kernel.dur_ns, kernel.name)
         for transfer in trace.copies:
             if transfer.step is None:
                 continue
@@ -83,20 +101,57 @@ def attribute(trace: Trace, count: Count) -> tuple[OpRecord, ...]:
             _add(row, transfer.dur_ns, f"Memcpy {transfer.kind}" + (f" ({transfer.memory})" if transfer.memory else ""))
     else:
         for op in trace.ops:
-            if op.step is not None:
-                _add(_row_of(trace, index, wrappers, rows, op.index, op.name, is_graph=False), op.self_ns, "")
-    records = _residual([_finish(row, steps) for row in rows.values()], count)
+            if op.step is None:
+                continue
+            origin = next((origins[o.index] for o in trace.chain(op.index) if o.index in origins), None) if origins else None
+            if origin is not None:
+                row = _made_row(index, rows, origin, op.step)
+            else:
+                row = _row_of(trace, index, wrappers, rows, op.index, op.name, is_graph=False)
+            _add(row, op.self_ns, "")
+    in_part = {origin.module for origin in origins.values() if origin.is_part}
+    records = _residual([_finish(row, steps) for row in rows.values()], count, in_part)
     return tuple(sorted(records, key=lambda r: -(r.time_ns or 0.0)))
 
 
-def _residual(records: list[OpRecord], count: Count) -> list[OpRecord]:
+def _made_row(index: _Index, rows: dict[tuple[str, ...], _Row], origin: launched.Origin, step: int) -> _Row:
+    """The row of a kernel whose launch is known."""
+    first = max(origin.sources, key=lambda r: r.flops or 0.0) if origin.sources else None
+    row = rows.setdefault(
+        ("launch", origin.module, origin.op),
+        _Row(
+            op=origin.op,
+            module=origin.module,
+            module_class=index.classes.get(origin.module, ""),
+            shapes=first.shapes if first is not None else "",
+            dtype=first.dtype if first is not None else None,
+            is_exact=False,
+            sources=origin.sources,
+            flops=origin.flops,
+        ),
+    )
+    row.line = ", ".join(dict.fromkeys(filter(None, [*row.line.split(", "), origin.line])))
+    row.instances.add((step, origin.launch))
+    if origin.told is not None:
+        at, launch = origin.told
+        row.told[at] = launch
+        row.dtype = row.dtype or launch.dtype
+    return row
+
+
+def _residual(records: list[OpRecord], count: Count, in_part: Container[str]) -> list[OpRecord]:
     """A fused product (cuDNN's LSTM) whose module was counted in parts, on another device, gets what the module's other rows leave of its count.
 
-    Only where it is the module's one row of that kind: two would have to share, and nothing says how.
+    Only where it is the module's one row of that kind: two would have to share, and nothing says how; nor where some of its time went elsewhere (`in_part`).
     """
     fused: dict[str, list[int]] = {}
     for at, record in enumerate(records):
-        if record.flops is None and record.module != UNKNOWN_MODULE and formulas.is_product(record.op.replace(".", "::", 1)):
+        if (
+            record.flops is None
+            and record.module not in in_part
+            and record.module != UNKNOWN_MODULE
+            and formulas.is_product(record.op.replace(".", "::", 1))
+        ):
             fused.setdefault(record.module, []).append(at)
     for module, places in fused.items():
         counted = [r for r in count.records if r.module == module]
@@ -121,6 +176,7 @@ def _add(row: _Row, dur_ns: int, kernel: str) -> None:
     row.launches += 1
     if kernel:
         row.kernels[kernel] = row.kernels.get(kernel, 0.0) + dur_ns
+        row.kernel_launches[kernel] = row.kernel_launches.get(kernel, 0) + 1
 
 
 class _Index:
@@ -135,6 +191,7 @@ class _Index:
             self.exact.setdefault((record.module, canon, record.shapes), []).append(record)
             self.by_op.setdefault((record.module, canon), []).append(record)
             anywhere.setdefault((canon, _key_shapes(canon, record.shapes)), []).append(record)
+        self.classes = {r.module: r.module_class for r in count.records}
         self.anywhere: dict[tuple[str, str], OpRecord] = {}
         for key, found in anywhere.items():
             costs = {(r.flops / r.count if r.flops is not None else None, r.dtype) for r in found}
@@ -187,8 +244,17 @@ def _wrappers(trace: Trace, index: _Index) -> set[int]:
 
 
 def _row_of(
-    trace: Trace, index: _Index, wrappers: set[int], rows: dict[tuple[str, ...], _Row], op: int | None, kernel: str, *, is_graph: bool
+    trace: Trace,
+    index: _Index,
+    wrappers: set[int],
+    rows: dict[tuple[str, ...], _Row],
+    op: int | None,
+    kernel: str,
+    *,
+    is_graph: bool,
+    step: int = 0,
 ) -> _Row:
+    """`step` tells calls apart where one traced op stands for the same one in several steps."""
     match = None if is_graph else index.match(trace, op, wrappers)
     if match is not None:
         found, module, canon, is_exact = match
@@ -208,14 +274,14 @@ def _row_of(
                 is_exact=is_exact,
             ),
         )
-        row.instances.add(found.index)
+        row.instances.add((step, found.index))
         return row
     innermost = next(iter(trace.chain(op)), None)
     if is_graph or innermost is None or "::" not in innermost.name:
         module = innermost.module if innermost is not None and innermost.module is not None and not is_graph else UNKNOWN_MODULE
         name = kernel if is_graph or trace.on_device or innermost is None else innermost.name
         row = rows.setdefault(("kernel", module, name), _Row(op=name, module=module, module_class="", shapes="", dtype=None))
-        if name.startswith((*_FUSED_WITHOUT_PRODUCTS, "Memset", "Memcpy")):
+        if name.startswith((*launched.WITHOUT_PRODUCTS, "Memset", "Memcpy")):
             row.flops = 0.0
         return row
     module = innermost.module if innermost.module is not None else UNKNOWN_MODULE
@@ -231,14 +297,18 @@ def _row_of(
             dtype=next((_KINETO_DTYPES[t] for t in innermost.dtypes if t in _KINETO_DTYPES), None),
         ),
     )
-    row.instances.add(innermost.index)
+    row.instances.add((step, innermost.index))
     if len(row.instances) == 1 and row.flops is None:
         row.flops, row.bytes, row.dtype = _cost(innermost, index, row.dtype, is_wrapper=innermost.index in wrappers)
+    if innermost.flops is not None and innermost.line:
+        row.line = ", ".join(dict.fromkeys([*filter(None, row.line.split(", ")), innermost.line]))
     return row
 
 
 def _cost(op: CpuOp, index: _Index, dtype: str | None, *, is_wrapper: bool) -> tuple[float | None, float | None, str | None]:
     """(FLOPs, bytes, dtype) of one call of an op the count has no row of in its module."""
+    if op.flops is not None:  # whoever traced it knows
+        return op.flops, op.bytes, dtype
     if is_wrapper:
         return 0.0, 0.0, dtype
     canon = formulas.canonical(op.name)
@@ -282,6 +352,10 @@ def _finish(row: _Row, steps: int) -> OpRecord:
         known = [r.flops for r in row.sources if r.flops is not None]
         flops = math.fsum(known) * runs if len(known) == len(row.sources) else None
         moved = math.fsum(r.bytes or 0.0 for r in row.sources) * runs
+    elif row.told:
+        known = [launch.flops for launch in row.told.values() if launch.flops is not None]
+        flops = math.fsum(known) if len(known) == len(row.told) else None
+        moved = math.fsum(launch.bytes or 0.0 for launch in row.told.values())
     elif row.instances:
         flops = flops * calls if flops is not None else None
         moved = moved * calls if moved is not None else None
@@ -295,6 +369,8 @@ def _finish(row: _Row, steps: int) -> OpRecord:
         flops=flops,
         bytes=moved,
         kernels=tuple(names),
+        kernel_times=tuple(KernelTime(name=k, time_ns=row.kernels[k] / steps, count=row.kernel_launches[k] / steps) for k in names),
+        line=row.line or ", ".join(dict.fromkeys(r.line for r in row.sources if r.line)) or None,
         module_class=row.module_class,
         shapes=row.shapes,
     )

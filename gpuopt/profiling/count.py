@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from gpuopt.core.live import Inputs
 from gpuopt.core.result import Count, OpRecord
-from gpuopt.profiling import formulas, higher_order, unseen
+from gpuopt.profiling import formulas, higher_order, lines, unseen
 from gpuopt.profiling.traffic import regions_bytes, tensors_in, traffic
 
 CONVENTION = "2 FLOPs a multiply-add; products alone are counted; attention counted full, causal or not; padding counted like data"
@@ -116,7 +116,7 @@ def _count_fake(target: Any, inputs: Inputs, tf32: bool) -> _Counter:
     kwargs = pytree.tree_map(fake, dict(inputs.kwargs))
     counter = _Counter(root, tf32)
     with _quiet_fakes(), torch.inference_mode(False), torch.no_grad(), mode, counter.watching():
-        run(*args, **kwargs)
+        lines.outermost(run, *args, **kwargs)
     return counter
 
 
@@ -163,7 +163,7 @@ def _count_real(target: Any, inputs: Inputs, tf32: bool) -> _Counter:
     args, kwargs = pytree.tree_map(move, (tuple(inputs.args), dict(inputs.kwargs)))
     counter = _Counter(root, tf32)
     with torch.no_grad(), counter.watching(), unseen.HandedOut(counter.record_unseen):
-        target(*args, **kwargs)
+        lines.outermost(target, *args, **kwargs)
     return counter
 
 
@@ -204,6 +204,8 @@ class _Row:
     count: int = 0
     flops: float | None = 0.0
     bytes: float = 0.0
+    lines: dict[str, None] = field(default_factory=dict)
+    """Where in the model's code they were called, in the order seen."""
 
 
 _METADATA = frozenset(
@@ -300,6 +302,8 @@ class _Counter:
         module, module_class = self.stack[-1] if self.stack else ("", type(self.root).__name__ if self.root is not None else "")
         row = self.rows.setdefault((op, module, dtype, shapes), _Row(module_class=module_class))
         row.count += 1
+        if (line := lines.of_model()) is not None:
+            row.lines[line] = None
         row.flops = None if flops is None or row.flops is None else row.flops + flops
         row.bytes += moved
 
@@ -314,6 +318,7 @@ class _Counter:
                 bytes=row.bytes,
                 module_class=row.module_class,
                 shapes=shapes,
+                line=lines.joined(row.lines),
             )
             for (op, module, dtype, shapes), row in self.rows.items()
         )

@@ -19,6 +19,7 @@ from gpuopt.core.errors import BadInput
 from gpuopt.core.result import Count, OpRecord
 from gpuopt.core.spec import DTYPE_BYTES
 from gpuopt.profiling.count import CONVENTION, summarize
+from gpuopt.programs import node_source
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, "int | Sequence[int]"]
@@ -44,16 +45,28 @@ def from_onnx(path: Path, shapes: Shapes, *, tf32: bool = False) -> Count:
     """Count one run of the model in `path`.
 
     `shapes` binds the free dimensions; one left unbound makes the nodes that depend on it unknown, never wrong. `tf32`: float32 products run through tensor cores.
-    Rows carry node names as `module`. Raises BadInput when the file is no ONNX model or its shapes contradict themselves.
+    Rows carry the module of the source model as `module` where the exporter wrote modules into the file (what has none belongs to the root), else the node's name. Raises BadInput when the file is no ONNX model or its shapes contradict themselves.
     """
     graph, notes = _read(path, shapes)
     records = []
-    for name, node, flops, dtype, moved in _nodes(graph):
+    rows = _nodes(graph)
+    sources = [node_source.of_node(node) for _, node, *_ in rows]
+    has_modules = any(source.module for source in sources)
+    for (name, node, flops, dtype, moved), source in zip(rows, sources, strict=True):
         if tf32 and dtype == "float32" and flops:
             dtype = "tf32"
         text = ", ".join("x".join(map(str, s)) for i in node.input if (s := graph.shape(i)))
         records.append(
-            OpRecord(op=_op_name(node), module=name, dtype=dtype, flops=flops, bytes=moved, module_class=node.op_type, shapes=text)
+            OpRecord(
+                op=_op_name(node),
+                module=(source.module or "") if has_modules else name,
+                dtype=dtype,
+                flops=flops,
+                bytes=moved,
+                module_class=source.module_class if has_modules else node.op_type,
+                shapes=text,
+                line=source.line or None,
+            )
         )
     return summarize(tuple(records), method="onnx graph", notes=(CONVENTION, *notes), num_parameters=graph.num_parameters)
 

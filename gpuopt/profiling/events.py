@@ -7,19 +7,20 @@ All times are nanoseconds from the first event.
 from __future__ import annotations
 
 import bisect
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from gpuopt.core.trace import Copy, CpuOp, Fetch, Kernel, ModuleRange, RuntimeCall, Step, Trace
+from gpuopt.core.trace import Copy, Fetch, Kernel, RuntimeCall, Step, Trace
+from gpuopt.profiling.nest import MODULE as MODULE
+from gpuopt.profiling.nest import Locator, nested
+from gpuopt.profiling.rows import READ, WORK, Maker, MarkRow, OpRow, Rows, WorkRow
 
 STEP = "gpuopt::step"
-MODULE = "module::"
 LOADER = "enumerate(DataLoader)#"
 """torch.utils.data names each fetch `enumerate(DataLoader)#<class of the iterator>.__next__`: a user annotation, or an op in older traces."""
 
-_COPY = re.compile(r"Memcpy (?P<kind>[A-Za-z]+)(?: \((?P<source>\w+) -> (?P<target>\w+)\))?")
+_COPY = re.compile(r"(?:[Mm]emcpy |Copy)(?P<kind>[A-Za-z]+)(?: \((?P<source>\w+) -> (?P<target>\w+)\))?")
 _COPY_KINDS = {
     "htod": "h2d",
     "dtoh": "d2h",
@@ -33,10 +34,15 @@ _COPY_KINDS = {
 _HOST = {"h2d": "source", "d2h": "target"}
 _RUNTIME_KINDS = (
     ("graph", re.compile(r"GraphLaunch")),
-    ("launch", re.compile(r"LaunchKernel|LaunchCooperative|ModuleLaunch")),
+    ("launch", re.compile(r"LaunchKernel|LaunchCooperative|ModuleLaunch|KernelLaunch")),
     ("copy", re.compile(r"[Mm]emcpy|[Mm]emset")),
-    ("sync", re.compile(r"Synchronize|StreamWaitEvent|EventQuery|StreamQuery")),
-    ("alloc", re.compile(r"cudaMalloc|cudaFree|cuMem(Alloc|Free|Create|Map|Unmap|Release)|cudaHost(Alloc|Register)")),
+    ("sync", re.compile(r"Synchronize|StreamWaitEvent|EventQuery|StreamQuery|urQueueFinish|urEventWait")),
+    (
+        "alloc",
+        re.compile(
+            r"(?:cuda|hip)(?:Malloc|Free)|urUSM\w*(?:Alloc|Free)|cuMem(Alloc|Free|Create|Map|Unmap|Release)|(?:cuda|hip)Host(Alloc|Register)"
+        ),
+    ),
 )
 
 
@@ -60,101 +66,121 @@ def copy_kind(name: str) -> tuple[str, str]:
 
 def from_chrome(data: Mapping[str, Any], *, device: str, notes: tuple[str, ...] = ()) -> Trace:
     """Parse `prof.export_chrome_trace`'s JSON, already loaded. Unknown events are passed over; events outside the steps are kept out of every sum."""
-    events = [e for e in data.get("traceEvents", ()) if e.get("ph") == "X" and "ts" in e]
-    # Timestamps are microseconds with three decimals: subtract first, or the float loses the nanoseconds.
-    origin = min((float(e["ts"]) for e in events), default=0.0)
-    by_category: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}
-    for event in events:
-        start = round((float(event["ts"]) - origin) * 1000)
-        by_category.setdefault(str(event.get("cat", "")).lower(), []).append((start, round(float(event.get("dur", 0)) * 1000), event))
+    rows, make = Rows(), Maker()
+    for event in data.get("traceEvents", ()):
+        if event.get("ph") != "X" or "ts" not in event:
+            continue
+        category = str(event.get("cat", "")).lower()
+        if category not in READ:
+            continue
+        into = rows.of(category)
+        args = event.get("args") or {}
+        ts, dur = float(event["ts"]), float(event.get("dur", 0))
+        if category in WORK:
+            into.append(make.work(event, args, ts, dur))
+        elif category == "cpu_op":
+            into.append(make.op(event, args, ts, dur))
+        elif category == "user_annotation":
+            into.append(make.mark(event, ts, dur))
+        else:
+            into.append(make.call(event, args, ts, dur))
+    return from_rows(rows, device=device, notes=notes)
 
-    marks = by_category.get("user_annotation", [])
-    steps = tuple(Step(start_ns=s, dur_ns=d) for s, d, e in sorted(marks, key=lambda m: m[0]) if e["name"] == STEP)
+
+def from_rows(rows: Rows, *, device: str, notes: tuple[str, ...] = ()) -> Trace:
+    """Nest, link and order the rows. They are taken out of `rows` as they are read, so that both never lie in memory whole."""
+    kinds = (rows.ops, rows.calls, rows.kernels, rows.memsets, rows.copies, rows.marks)
+    # Timestamps are microseconds with three decimals: subtract first, or the float loses the nanoseconds.
+    origin = min((row.ts for kind in kinds for row in kind), default=0.0)
+    marks, rows.marks = rows.marks, []
+    steps = tuple(Step(start_ns=_ns(m.ts - origin), dur_ns=_ns(m.dur)) for m in sorted(marks, key=lambda m: m.ts) if m.name == STEP)
     step_of = _Steps(steps)
-    ranges = [(s, d, e) for s, d, e in marks if str(e["name"]).startswith(MODULE)]
-    calls = by_category.get("cpu_op", [])
-    fetched = [(s, d, e) for s, d, e in (*marks, *calls) if str(e["name"]).startswith(LOADER)]
-    raw_ops = [(s, d, e) for s, d, e in calls if not str(e["name"]).startswith(LOADER)] if fetched else calls
-    ops, modules, by_thread = _nest(raw_ops, ranges, step_of)
-    locate = _Locator(ops, by_thread)
+    fetched: list[MarkRow | OpRow] = [row for kind in (marks, rows.ops) for row in kind if row.name.startswith(LOADER)]
+    raw_ops = [op for op in rows.ops if not op.name.startswith(LOADER)] if fetched else rows.ops
+    ops, modules, by_thread = nested(raw_ops, [m for m in marks if m.name.startswith(MODULE)], rows.frames, origin, step_of)
+    rows.ops, rows.frames = [], []
+    del raw_ops
+    locate = Locator(ops, by_thread)
     by_external = {op.external_id: op.index for op in ops if op.external_id is not None}
 
     runtime: list[RuntimeCall] = []
     launches: dict[int, RuntimeCall] = {}
-    for category in ("cuda_runtime", "cuda_driver"):
-        for start, dur, event in by_category.get(category, []):
-            args = event.get("args", {})
-            call = RuntimeCall(
-                name=event["name"],
-                kind=runtime_kind(event["name"]),
-                start_ns=start,
-                dur_ns=dur,
-                thread=_thread(event),
-                correlation=_int(args.get("correlation")),
-                op=locate(_thread(event), start),
-                step=step_of(start),
-            )
-            runtime.append(call)
-            if call.correlation:
-                # A driver call nested in a runtime call shares no correlation with it; where two do, the one that launches wins.
-                known = launches.get(call.correlation)
-                if known is None or known.kind == "other":
-                    launches[call.correlation] = call
+    kinds_of: dict[str, str] = {}
+    for row in rows.calls:
+        start = _ns(row.ts - origin)
+        kind = kinds_of.get(row.name)
+        if kind is None:
+            kind = kinds_of[row.name] = runtime_kind(row.name)
+        call = RuntimeCall(
+            name=row.name,
+            kind=kind,
+            start_ns=start,
+            dur_ns=_ns(row.dur),
+            thread=row.thread,
+            correlation=row.correlation,
+            op=locate(row.thread, start),
+            step=step_of(start),
+        )
+        runtime.append(call)
+        if row.correlation:
+            # A driver call nested in a runtime call shares no correlation with it; where two do, the one that launches wins.
+            known = launches.get(row.correlation)
+            if known is None or known.kind == "other":
+                launches[row.correlation] = call
+    rows.calls = []
 
-    def launched_by(args: Mapping[str, Any]) -> tuple[int | None, int | None, RuntimeCall | None]:
-        """(correlation, op, launch) of a device event: by its launch, else by the op id Kineto copied onto it."""
-        correlation = _int(args.get("correlation"))
-        launch = launches.get(correlation) if correlation else None
+    def launched_by(row: WorkRow, start: int) -> tuple[int | None, int | None, RuntimeCall | None]:
+        """(op, step, launch) of a device event: by its launch, else by the op id Kineto copied onto it, and by its own time."""
+        launch = launches.get(row.correlation) if row.correlation else None
         op = launch.op if launch is not None else None
-        external = _int(args.get("External id"))
-        if op is None and external:
-            op = by_external.get(external)
-        return correlation, op, launch
+        if op is None and row.external_id:
+            op = by_external.get(row.external_id)
+        return op, launch.step if launch is not None and launch.step is not None else step_of(start), launch
 
     kernels: list[Kernel] = []
-    copies: list[Copy] = []
-    for category in ("kernel", "gpu_memset", "gpu_memcpy"):
-        for start, dur, event in by_category.get(category, []):
-            args = event.get("args", {})
-            correlation, op, launch = launched_by(args)
-            step = launch.step if launch is not None and launch.step is not None else step_of(start)
-            is_replay = launch is not None and launch.kind == "graph"
-            stream = _int(args.get("stream")) or 0
-            if category == "gpu_memcpy":
-                kind, memory = copy_kind(event["name"])
-                size = _int(args.get("bytes")) or 0
-                copies.append(
-                    Copy(
-                        kind=kind,
-                        memory=memory,
-                        bytes=size,
-                        start_ns=start,
-                        dur_ns=dur,
-                        stream=stream,
-                        correlation=correlation,
-                        op=op,
-                        step=step,
-                    )
-                )
-                continue
+    for is_memset, works in ((False, rows.kernels), (True, rows.memsets)):
+        for work in works:
+            start = _ns(work.ts - origin)
+            op, step, launch = launched_by(work, start)
             kernels.append(
                 Kernel(
-                    name=event["name"],
+                    name=work.name,
                     start_ns=start,
-                    dur_ns=dur,
-                    stream=stream,
-                    correlation=correlation,
+                    dur_ns=_ns(work.dur),
+                    stream=work.stream,
+                    correlation=work.correlation,
                     op=op,
                     step=step,
-                    graph_id=_int(args.get("graph id")) or (correlation if is_replay else None),
-                    is_memset=category == "gpu_memset",
-                    grid=_triple(args.get("grid")),
-                    block=_triple(args.get("block")),
-                    registers=_int(args.get("registers per thread")),
-                    shared_bytes=_int(args.get("shared memory")),
-                    blocks_per_sm=_positive(args.get("blocks per SM")),
+                    graph_id=work.graph_id or (work.correlation if launch is not None and launch.kind == "graph" else None),
+                    is_memset=is_memset,
+                    grid=work.grid,
+                    block=work.block,
+                    registers=work.registers,
+                    shared_bytes=work.shared_bytes,
+                    blocks_per_sm=work.blocks_per_sm,
+                    device=work.device,
                 )
             )
+    copies: list[Copy] = []
+    for work in rows.copies:
+        start = _ns(work.ts - origin)
+        op, step, _ = launched_by(work, start)
+        way, memory = copy_kind(work.name)
+        copies.append(
+            Copy(
+                kind=way,
+                memory=memory,
+                bytes=work.bytes,
+                start_ns=start,
+                dur_ns=_ns(work.dur),
+                stream=work.stream,
+                correlation=work.correlation,
+                op=op,
+                step=step,
+                device=work.device,
+            )
+        )
+    rows.kernels, rows.memsets, rows.copies = [], [], []
     return Trace(
         device=device,
         steps=steps,
@@ -164,141 +190,37 @@ def from_chrome(data: Mapping[str, Any], *, device: str, notes: tuple[str, ...] 
         ops=ops,
         modules=modules,
         fetches=tuple(
-            Fetch(name=str(e["name"]), start_ns=s, dur_ns=d, thread=_thread(e)) for s, d, e in sorted(fetched, key=lambda f: f[0])
+            Fetch(name=f.name, start_ns=_ns(f.ts - origin), dur_ns=_ns(f.dur), thread=f.thread) for f in sorted(fetched, key=lambda f: f.ts)
         ),
         num_lost=sum(k.step is None for k in kernels) + sum(c.step is None for c in copies),
         notes=notes,
     )
 
 
+def _ns(us: float) -> int:
+    return round(us * 1000)
+
+
 class _Steps:
     """Time -> number of the step around it."""
 
     def __init__(self, steps: tuple[Step, ...]) -> None:
-        self.steps = steps
-        self.starts = [s.start_ns for s in steps]
+        self._steps = steps
+        self._starts = [s.start_ns for s in steps]
+        self._last = (0, -1, 0)
+        """(first, last) nanosecond of the step found last, and its number: the next event is in it most likely."""
 
     def __call__(self, time_ns: int) -> int | None:
-        at = bisect.bisect_right(self.starts, time_ns) - 1
-        if at < 0 or time_ns > self.steps[at].start_ns + self.steps[at].dur_ns:
+        first, last, at = self._last
+        if first <= time_ns <= last:
+            return at
+        at = bisect.bisect_right(self._starts, time_ns) - 1
+        if at < 0:
             return None
+        step = self._steps[at]
+        end = step.start_ns + step.dur_ns
+        if time_ns > end:
+            return None
+        # Where two steps touch, the later one has the nanosecond they share.
+        self._last = (step.start_ns, min(end, self._starts[at + 1] - 1) if at + 1 < len(self._starts) else end, at)
         return at
-
-
-class _Locator:
-    """(thread, time) -> innermost op running then."""
-
-    def __init__(self, ops: tuple[CpuOp, ...], by_thread: dict[str, list[int]]) -> None:
-        self.ops = ops
-        self.by_thread = by_thread
-        self.starts = {thread: [ops[i].start_ns for i in indices] for thread, indices in by_thread.items()}
-
-    def __call__(self, thread: str, time_ns: int) -> int | None:
-        indices = self.by_thread.get(thread)
-        if not indices:
-            return None
-        at = bisect.bisect_right(self.starts[thread], time_ns) - 1
-        # The last op to start before then is the innermost one or a finished one below it: climb until one still runs.
-        op: int | None = indices[at] if at >= 0 else None
-        while op is not None and time_ns > self.ops[op].start_ns + self.ops[op].dur_ns:
-            op = self.ops[op].parent
-        return op
-
-
-def _nest(
-    raw_ops: list[tuple[int, int, dict[str, Any]]], raw_ranges: list[tuple[int, int, dict[str, Any]]], step_of: _Steps
-) -> tuple[tuple[CpuOp, ...], tuple[ModuleRange, ...], dict[str, list[int]]]:
-    """Ops and module ranges of each thread, nested by time: parents, modules, self times."""
-    threads: dict[str, list[tuple[int, int, dict[str, Any]]]] = {}
-    for item in (*raw_ops, *raw_ranges):
-        threads.setdefault(_thread(item[2]), []).append(item)
-    drafts: list[dict[str, Any]] = []
-    modules: list[ModuleRange] = []
-    by_thread: dict[str, list[int]] = {}
-    for thread, items in threads.items():
-        # Ties: the longer encloses the shorter; between equals, the one recorded first (its external id is lower).
-        items.sort(key=lambda i: (i[0], -i[1], _int(i[2].get("args", {}).get("External id")) or 0))
-        stack: list[tuple[int, int | None, tuple[str, str] | None]] = []  # (end, op index or None, module)
-        for start, dur, event in items:
-            while stack and stack[-1][0] <= start and not (dur == 0 and stack[-1][0] == start):
-                stack.pop()
-            parent = next((op for _, op, _ in reversed(stack) if op is not None), None)
-            module = stack[-1][2] if stack else None
-            end = min(start + dur, stack[-1][0]) if stack else start + dur  # rounding may push a child past its parent's end
-            if stack and stack[-1][1] is not None:
-                drafts[stack[-1][1]]["children_ns"] += end - start
-                drafts[stack[-1][1]]["num_children"] += 1
-            name = str(event["name"])
-            if name.startswith(MODULE):
-                path, _, module_class = name.removeprefix(MODULE).partition("|")
-                modules.append(ModuleRange(name=path, module_class=module_class, start_ns=start, dur_ns=dur, thread=thread))
-                # A module called inside an op (a scripted one) still hangs below that op.
-                stack.append((end, stack[-1][1] if stack else None, (path, module_class)))
-                continue
-            index = len(drafts)
-            args = event.get("args", {})
-            drafts.append(
-                {
-                    "index": index,
-                    "name": name,
-                    "start_ns": start,
-                    "dur_ns": end - start,
-                    "children_ns": 0,
-                    "num_children": 0,
-                    "thread": thread,
-                    "parent": parent,
-                    "module": module[0] if module else None,
-                    "module_class": module[1] if module else "",
-                    "step": step_of(start),
-                    "external_id": _int(args.get("External id")),
-                    "shapes": _shapes(args.get("Input Dims", ())),
-                    "dtypes": tuple(str(t) for t in args.get("Input type", ()) if t),
-                }
-            )
-            by_thread.setdefault(thread, []).append(index)
-            stack.append((end, index, module))
-    ops = []
-    for draft in drafts:
-        children = draft.pop("children_ns")
-        ops.append(CpuOp(self_ns=max(0, draft["dur_ns"] - children), **draft))
-    return tuple(ops), tuple(sorted(modules, key=lambda m: m.start_ns)), by_thread
-
-
-def _shapes(dims: Any) -> tuple[tuple[int, ...], ...]:
-    """Kineto's `Input Dims`: one list an argument, a list of lists for a tensor list, [] for what has no dimensions."""
-    found: list[tuple[int, ...]] = []
-    for item in dims:
-        if isinstance(item, list) and item:
-            if isinstance(item[0], list):
-                found.extend(tuple(int(n) for n in inner) for inner in item if inner)
-            else:
-                found.append(tuple(int(n) for n in item))
-    return tuple(found)
-
-
-def _thread(event: Mapping[str, Any]) -> str:
-    return f"{event.get('pid', '')}/{event.get('tid', '')}"
-
-
-def _int(value: Any) -> int | None:
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        return None
-
-
-def _triple(value: Any) -> tuple[int, int, int] | None:
-    """`[132, 1, 1]`; None for anything else."""
-    if not isinstance(value, list) or len(value) != 3:
-        return None
-    x, y, z = (_int(n) for n in value)
-    return None if x is None or y is None or z is None else (x, y, z)
-
-
-def _positive(value: Any) -> float | None:
-    """A figure above 0. Kineto writes "inf" or a negative number where it could not ask the device for its SMs."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if 0 < number < math.inf else None

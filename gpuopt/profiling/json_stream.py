@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 from gpuopt.core import units
 from gpuopt.core.errors import BadInput
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 16
+"""What is parsed at once, a few hundred events, stays in the cache until it is read."""
 MAX_VALUE_CHARS = 16 * 2**20
 """One event, or one header: Kineto's are a few kilobytes."""
 MAX_RATIO = 200
@@ -149,15 +150,17 @@ class JsonStream:
         if seam is None:
             return []
         end, start = seam
+        text = f"[{self._buffer[self._at : end]}]"
         try:
-            found: list[Any] = json.loads(f"[{self._buffer[self._at : end]}]", strict=False)
+            found, stop = self._scan(text, 0)
         except (ValueError, RecursionError):
-            found = [None]
-        if not all(type(element) is dict for element in found):
+            found, stop = [None], 0
+        if stop != len(text) or set(map(type, found)) != {dict}:
             self._unbatched_until = self._dropped + start
             return []
         self._at = start
-        return found
+        batch: list[dict[str, Any]] = found
+        return batch
 
     def _last_seam(self) -> tuple[int, int] | None:
         """(end of an element, start of the next) for the last `}, {` in the buffer."""

@@ -18,6 +18,7 @@ from gpuopt.core import kernels
 from gpuopt.core.result import Ceilings, OpRecord
 from gpuopt.core.trace import CpuOp, Trace
 from gpuopt.profiling import formulas
+from gpuopt.profiling.onnx_classes import CLASSES
 from gpuopt.profiling.roofline import floor_ns, link_of
 
 TENSOR, OTHER, MEMORY = "tensor-core compute", "other compute", "memory-bound"
@@ -232,6 +233,8 @@ def op_class(name: str) -> str:
         if plain in ops:
             return found
     namespace, _, op = plain.partition("::")
+    if namespace == "onnx":
+        return CLASSES.get(op, kernels.OTHER)
     packet = getattr(torch.ops.aten, op, None) if namespace == "aten" else None
     tags = {tag for o in packet.overloads() for tag in getattr(packet, o).tags} if packet is not None else set()
     if torch.Tag.pointwise in tags:

@@ -2,11 +2,12 @@
 
 floor = max(FLOPs / peak of the dtype, bytes / bandwidth); percent of ceiling = floor / time. Nothing can beat a true ceiling, so a figure above one is an error of ours
 (a wrong count, a wrong peak, a clock that was not synchronised) and is raised, not printed. Two honest reasons lift a point above a *bandwidth*: its data were in the cache,
-or were so in part. They are named.
+or were so in part. One lifts a convolution above a *peak*: Winograd's and the FFT's algorithms multiply less often than the direct one that is counted. They are named.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,10 @@ SLACK = 0.05
 """A measured ceiling is a median of its own: another run may beat it by this much (clocks, heat) before the figure is refused."""
 NOTED = 0.02
 """Above the measured ceiling by more than this, a point carries the reason."""
+
+WINOGRAD = 4.0
+"""Multiplications of a direct 3x3 convolution over those of Winograd's F(4x4, 3x3), the largest tile libraries use (Lavin and Gray 2016: 144 against 36)."""
+_FAST_KERNEL = re.compile(r"(?i)winograd|fft")
 
 RARE = 0.01
 """Share of the FLOPs under which a dtype need not have a sustained ceiling of its own."""
@@ -123,6 +128,8 @@ def _point(record: OpRecord, ceilings: Ceilings, cache_bytes: int | None, kind: 
         ceiling=ceiling,
         floor_ns=floor,
         note=note,
+        line=record.line,
+        kernels=record.kernel_times,
     )
 
 
@@ -132,11 +139,17 @@ def _check(record: OpRecord, ceilings: Ceilings, cache_bytes: int | None, slack:
     where = f"{record.op} in {record.module or 'the root'} ({record.count} calls, {record.shapes or 'shapes unknown'})"
     notes = []
     if record.flops:
+        fast = any(_FAST_KERNEL.search(name) for name in record.kernels)
         for kind, allowed in (("spec", 0.0), ("measured", slack)):
             peak = ceilings.flops(record.dtype, kind)
             if not peak:
                 continue
             excess = record.flops / peak * 1e9 / record.time_ns - 1.0
+            if fast and allowed < excess <= WINOGRAD * (1.0 + allowed) - 1.0:
+                notes.append(
+                    f"a Winograd or FFT convolution: up to {WINOGRAD:.0f} times fewer multiplications than the direct one that is counted"
+                )
+                continue
             if excess > allowed:
                 raise ImpossibleFigure(
                     f"{where}: {_rate(record.flops, record.time_ns)} is {100 * (1 + excess):.0f}% of the {kind} {record.dtype} peak of {peak / 1e12:.4g} TFLOP/s; "
@@ -209,6 +222,11 @@ def whole(count: Count, seconds: float, ceilings: Ceilings, *, slack: float = SL
             percents[kind] = None
         busy = sum(flops / peak for dtype, flops in count.flops_by_dtype.items() if (peak := peaks[dtype]))
         share = busy / seconds
+        if share > 1.0 + allowed and (spared := _spared_by_winograd(count)) and (fp32 := peaks.get("float32")):
+            if (busy - spared / fp32) / seconds <= 1.0 + allowed:
+                notes.append("above the peak: its 3x3 convolutions can be done with fewer multiplications (Winograd) than are counted")
+                percents[kind] = 100.0 * share
+                continue
         if share > 1.0 + allowed:
             used = ", ".join(f"{d} {p / 1e12:.4g} TFLOP/s" for d, p in peaks.items() if p)
             raise ImpossibleFigure(
@@ -239,6 +257,14 @@ def whole(count: Count, seconds: float, ceilings: Ceilings, *, slack: float = SL
         pct_of_roofline=roof,
         ceiling_note="; ".join(notes),
         tflops_useful=useful.flops_useful / seconds / 1e12 if useful is not None and has_flops else None,
+    )
+
+
+def _spared_by_winograd(count: Count) -> float:
+    """FLOPs that Winograd's algorithm may leave out: those of plain fp32 3x3 convolutions. Where they go through tensor cores, libraries multiply directly."""
+    convolutions = (r for r in count.records if r.flops and r.dtype == "float32" and "conv" in r.op)
+    return sum(
+        (1.0 - 1.0 / WINOGRAD) * (r.flops or 0.0) for r in convolutions if any(s.endswith("x3x3") for s in r.shapes.split(", ")[1:2])
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 from gpuopt.core.result import WATERFALL_PARTS, Ceilings, OpRecord, Waterfall, WaterfallPart
 from gpuopt.core.trace import Trace
@@ -21,24 +22,29 @@ PARTS = WATERFALL_PARTS
 PAGEABLE, PINNED, D2H = "host-to-device (pageable)", "host-to-device (pinned)", "device-to-host"
 _WORK = (passes.TENSOR, passes.OTHER, passes.MEMORY, passes.LAYOUT, passes.CASTS, passes.POINTWISE)
 
+DRIFT = 0.05
+"""By how much kernels may be slower in the timed loop than in the trace and still be called the same: a power limit moves an H200's clocks by as much. More is `unaccounted`."""
+
 Span = tuple[int, int]
 
 
-def build(trace: Trace, wall_ms: float, ceilings: Ceilings, records: Iterable[OpRecord]) -> Waterfall:
+def build(trace: Trace, wall_ms: float, ceilings: Ceilings, records: Iterable[OpRecord], *, is_traced: bool = False) -> Waterfall:
     """Split `wall_ms`, the untraced wall time of one forward, into `PARTS`: none negative, summing to it.
 
     Parameters
     ----------
     trace: of the same call. records: `attribute`'s for that trace; they say which share of the busy time is bound by what.
+    is_traced: nobody timed these calls without a profiler, `wall_ms` is the traced one: then every gap counts as it was seen.
     """
     rows = list(records)
     wall_ns = wall_ms * 1e6
     if not trace.steps:
         return _assemble(wall_ms, {}, {}, "nothing was traced")
-    return _on_device(trace, wall_ns, ceilings, rows) if trace.on_device else _on_host(trace, wall_ns, ceilings, rows)
+    found = _on_device(trace, wall_ns, ceilings, rows, is_traced) if trace.on_device else _on_host(trace, wall_ns, ceilings, rows)
+    return replace(found, method=found.method.replace("untraced", "traced")) if is_traced else found
 
 
-def _on_device(trace: Trace, wall_ns: float, ceilings: Ceilings, rows: list[OpRecord]) -> Waterfall:
+def _on_device(trace: Trace, wall_ns: float, ceilings: Ceilings, rows: list[OpRecord], is_traced: bool) -> Waterfall:
     steps = len(trace.steps)
     layers = _layers(trace)
     # Earlier in this order hides later: a transfer under a kernel costs nothing.
@@ -60,8 +66,14 @@ def _on_device(trace: Trace, wall_ns: float, ceilings: Ceilings, rows: list[OpRe
         )
         waiting: dict[str, float] = {}
     else:
-        waiting, how = _waiting(idle, busy_ns, wall_ns - busy_ns)
+        waiting, how = _waiting(idle, busy_ns, wall_ns - busy_ns, is_traced)
         method += f", {how}"
+        slower = wall_ns - busy_ns - math.fsum(waiting.values())
+        working = math.fsum(ns for name, ns in parts.items() if name in _WORK)
+        if _runs_ahead(idle, busy_ns, is_traced) and 0 < slower <= DRIFT * working:
+            # A device that is always fed is never idle: its kernels took longer than in the trace, which begins after a pause and at higher clocks.
+            parts = {name: ns * (1 + slower / working) if name in _WORK else ns for name, ns in parts.items()}
+            method += f"; kernel times scaled by {1 + slower / working:.3f}: back to back they run slower than after the pauses of a trace (clocks)"
     for name, ns in waiting.items():
         parts[name] = parts.get(name, 0.0) + ns
     if trace.num_lost:
@@ -86,9 +98,14 @@ def _transfer(kind: str, memory: str) -> str:
     return D2H if kind == "d2h" else "kernels"
 
 
-def _waiting(idle: gaps.Idle, busy_ns: float, room: float) -> tuple[dict[str, float], str]:
+def _runs_ahead(idle: gaps.Idle, busy_ns: float, is_traced: bool) -> bool:
+    """Whether the host, even traced, launches a call in less time than the device is busy with it, nothing in the call waits, and calls were timed back to back."""
+    return idle.host < busy_ns and not idle.blocks and not is_traced
+
+
+def _waiting(idle: gaps.Idle, busy_ns: float, room: float, is_traced: bool) -> tuple[dict[str, float], str]:
     """Idle time by part: at most `room`, and of each reason at most what the trace saw. And how that was judged."""
-    if idle.host < busy_ns and not idle.blocks:
+    if _runs_ahead(idle, busy_ns, is_traced):
         queued = min(room, idle.queued_mean * idle.works)
         starting = min(room - queued, idle.graph_start)
         return {"idle": queued, "launch gaps": starting}, "the host runs ahead of the device"
@@ -125,7 +142,9 @@ def _details(
     num_kernels = sum(1 for k in trace.kernels if k.step is not None) / steps
     details = {
         "copy calls": "the host inside copy calls, no transfer running",
-        "launch gaps": f"the device waits for the host to launch, {num_kernels:.0f} kernels a call",
+        "launch gaps": "from the launch of the CUDA graph to its first kernel"
+        if idle.graph_start > 0.5 * idle.launch
+        else f"the device waits for the host to launch, {num_kernels:.0f} kernels a call",
         "synchronisation": f"{idle.waits:.3g} waits a call" if idle.waits else "",
         "python and framework": "the device waits, the host is outside any op",
         "idle": "between kernels that were already queued",

@@ -1,19 +1,23 @@
-"""Inductor as the backends `inductor` and `aoti` both drive it: a preset's settings, its C++ compiler, the graphs it generates code from.
+"""Inductor as the backends `inductor` and `aoti` both drive it: a preset's settings, its C++ compiler, the graphs it generates code from and the code itself.
 
 Apart from `weigh`, because Inductor takes a second to import.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch._inductor import cpp_builder, exc
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.graph import GraphLowering
 
 from gpuopt.core.errors import UsageError
 from gpuopt.core.tally import Tally
+from gpuopt.programs import generated
 
 QUIET = {"autotune_num_choices_displayed": 0}
 """max-autotune prints a table for every product otherwise."""
@@ -44,6 +48,46 @@ def has_cpp_compiler() -> bool:
     except exc.InvalidCxxCompiler:
         return False
     return True
+
+
+_ONE_READER = threading.RLock()
+
+
+@contextmanager
+def reading(into: list[generated.Generated]) -> Iterator[None]:
+    """What Inductor generates inside: one entry a graph, in the order they are compiled. Costs milliseconds a graph; nothing of the graphs stays alive.
+
+    Wrapped around `GraphLowering.codegen`, which Python and C++ wrappers both go through and caches do not (GraphReader keeps compiles out of them). One block at a time in
+    a process: the method is put back as it was.
+    """
+    with _ONE_READER:
+        original = GraphLowering.codegen
+
+        def codegen(self: Any, *args: Any, **kwargs: Any) -> Any:
+            found = original(self, *args, **kwargs)
+            if not getattr(self, "is_const_graph", False):  # that one runs when the weights are loaded, not in a call
+                wrapper = found[0] if isinstance(found, tuple) else found
+                told = generated.Generated(code=str(getattr(wrapper, "value", "")), nodes=generated.nodes_of(self.module.graph))
+                at = getattr(self, "_gpuopt_read", None)
+                if at is None:
+                    self._gpuopt_read = len(into)
+                    into.append(told)
+                else:  # a package may be generated twice, first to try its kernels out
+                    into[at] = told
+            return found
+
+        GraphLowering.codegen = codegen  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            GraphLowering.codegen = original  # type: ignore[method-assign]
+
+
+def class_names(module: Any) -> dict[str, str] | None:
+    """Qualified name -> class name of its submodules; None for an exported program's, whose graph has names and no classes."""
+    if not isinstance(module, torch.nn.Module) or isinstance(module, torch.fx.GraphModule):
+        return None
+    return {name: type(child).__name__ for name, child in module.named_modules()}
 
 
 class GraphReader(CustomGraphPass):

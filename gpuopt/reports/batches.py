@@ -27,7 +27,6 @@ class Curve:
 
 def curves(report: Report) -> tuple[Curve, ...]:
     """One for each candidate with at least two timed sizes of one dimension, all else equal."""
-    ceilings = report.device.ceilings if report.device else Ceilings()
     sizes = [(_sizes(run), run) for run in report.runs]
     found = []
     for dim in dict.fromkeys(name for dims, _ in sizes for name in dims):
@@ -35,11 +34,16 @@ def curves(report: Report) -> tuple[Curve, ...]:
         for dims, run in sizes:
             if dim in dims:
                 rest = tuple(sorted((k, v) for k, v in dims.items() if k != dim))
-                key = (run.model, run.backend, run.preset, run.precision, run.transforms, run.input_mode, rest)
+                key = (run.model, run.backend, run.preset, run.precision, run.transforms, run.input_mode, run.device, rest)
                 groups.setdefault(key, []).append((dims[dim], run))
-        found += [curve for rows in groups.values() if (curve := _curve(dim, rows, ceilings)) is not None]
+        found += [curve for rows in groups.values() if (curve := _curve(dim, rows, _ceilings(report, rows[0][1]))) is not None]
     labels = naming.labels([_without(curve) for curve in found])
     return tuple(replace(curve, label=labels(_without(curve))) for curve in found)
+
+
+def _ceilings(report: Report, run: Run) -> Ceilings:
+    device = report.device_of(run)
+    return device.ceilings if device else Ceilings()
 
 
 def _sizes(run: Run) -> dict[str, int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from rich.box import Box
@@ -36,6 +38,8 @@ _SIGNS = {"good": ("✓", "green"), "info": ("•", "cyan"), "warning": ("!", "b
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _RULE = Box("    \n    \n ── \n    \n    \n    \n    \n    \n")
 _METER = 8
+_NARROW = 100
+"""Columns below which a table has no bars: a figure more says more."""
 
 
 def render(report: Report, view: View | None = None) -> RenderableType:
@@ -178,7 +182,8 @@ class _Fitted:
             yield _title(self.table.title, self.table.beside)
             yield from _notes(self.table.notes)
             return
-        kept = _fit(self.table, options.max_width)
+        widths = _fit(self.table, options.max_width)
+        has_meters = options.max_width >= _NARROW
         rich_table = RichTable(
             box=_RULE,
             show_edge=False,
@@ -188,39 +193,89 @@ class _Fitted:
             header_style="bright_black",
             border_style="bright_black",
         )
-        for index in kept:
+        for index, room in widths.items():
             column = self.table.columns[index]
-            whole = column.right or (len(kept) > 1 and _width(self.table, index) <= 12)
-            rich_table.add_column(Text(column.title), justify="right" if column.right else "left", no_wrap=whole, overflow="fold")
-        texts = {index: max(len(row[index].text) for row in self.table.rows) for index in kept}
+            whole = column.right or bool(column.shrinks) or (len(widths) > 1 and _width(self.table, index) <= 12)
+            # Prose may be broken between words, where it must; a word never is, but for one longer than the column.
+            least = None if whole else min(room, max(_longest_word(self.table, index), len(column.title)))
+            is_bar = any(row[index].meter is not None for row in self.table.rows)
+            justify: Literal["left", "right"] = "right" if column.right or (is_bar and not has_meters) else "left"
+            rich_table.add_column(Text(column.title), justify=justify, no_wrap=whole, overflow="fold", min_width=least)
+        texts = {index: max(len(row[index].text) for row in self.table.rows) for index in widths}
         for row in self.table.rows:
-            rich_table.add_row(*(_cell(row[index], texts[index]) for index in kept))
+            cells = []
+            for index, room in widths.items():
+                cell = row[index] if has_meters else replace(row[index], meter=None)
+                if self.table.columns[index].shrinks:
+                    cell = replace(cell, text=_cut(cell.text, room, is_path=self.table.columns[index].is_path))
+                cells.append(_cell(cell, texts[index] if row[index].meter is not None else 0))
+            rich_table.add_row(*cells)
         yield _title(self.table.title, self.table.beside)
         yield rich_table
         yield from _notes(self.table.notes)
-        left_out = [column.title for index, column in enumerate(self.table.columns) if index not in kept]
+        left_out = [
+            column.title for index, column in enumerate(self.table.columns) if index not in widths and _says_something(self.table, index)
+        ]
         if left_out:
             yield from _notes([f"a wider terminal, or --json, also shows: {', '.join(left_out)}"])
 
 
-def _width(table: Table, index: int) -> int:
+def _width(table: Table, index: int, *, meters: bool = True) -> int:
     """Cells the column needs at most."""
     widths = [len(table.columns[index].title)]
     for row in table.rows:
         cell = row[index]
-        widths.append(Text(cell.text).cell_len + (_METER + 1 if cell.meter is not None else 0))
+        widths.append(Text(cell.text).cell_len + (_METER + 1 if cell.meter is not None and meters else 0))
     return max(widths)
 
 
-def _fit(table: Table, width: int) -> list[int]:
-    kept = [index for index in range(len(table.columns)) if _says_something(table, index)]
-    widths = {index: min(_width(table, index), 48) + 2 for index in kept}
-    while sum(widths[i] for i in kept) + len(kept) - 1 > width:
-        column = max(kept, key=lambda i: (table.columns[i].spare, i))
-        if table.columns[column].spare == 0:
-            break
-        kept.remove(column)
-    return kept
+def _longest_word(table: Table, index: int) -> int:
+    return max((Text(word).cell_len for row in table.rows for word in row[index].text.split()), default=0)
+
+
+def _fit(table: Table, width: int) -> dict[int, int]:
+    """Column -> its width. Names that may be cut are, before a column goes; what then is free is theirs again."""
+    meters = width >= _NARROW
+    full = {index: _width(table, index, meters=meters) for index in range(len(table.columns)) if _says_something(table, index)}
+    kept = set(full)
+    least: dict[int, int] = {}
+    for names, dispensable in ((_READABLE, _EASILY_SPARED), (0, 1)):  # first what is seldom missed goes, for names that can be read
+        least = {index: min(max(_least(table.columns[index]), names), full[index]) for index in full if index in kept}
+        while sum(least.values()) + 2 * (len(least) - 1) > width:
+            column = max(least, key=lambda i: (table.columns[i].spare, i))
+            if table.columns[column].spare < dispensable:
+                break
+            del least[column]
+        kept = set(least)
+    free = width - sum(least.values()) - 2 * (len(least) - 1)
+    for index in sorted(least, key=lambda i: full[i] - least[i]):  # the one that lacks least first: it is whole soonest
+        given = max(0, min(free, full[index] - least[index]))
+        least[index] += given
+        free -= given
+    return least
+
+
+_READABLE = 36
+"""Characters of a name that are nearly always enough."""
+_EASILY_SPARED = 6
+"""Columns as spare as this are worth less than a readable name."""
+
+
+def _least(column: Column) -> int:
+    """Cells that a column may not go below; prose is readable in 40."""
+    return column.shrinks or 40
+
+
+def _cut(text: str, room: int, *, is_path: bool) -> str:
+    """A path without its beginning, another name without its middle; the lines of a tree stay."""
+    if Text(text).cell_len <= room:
+        return text
+    stem = re.match(r"[│├└─ ]*", text)
+    kept = stem[0] if stem else ""
+    left = max(1, room - len(kept) - 1)
+    name = text[len(kept) :]
+    tail = left if is_path else left // 3
+    return f"{kept}{name[: left - tail]}…{name[-tail:] if tail else ''}"
 
 
 def _says_something(table: Table, index: int) -> bool:

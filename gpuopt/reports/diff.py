@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpuopt.core import codec
-from gpuopt.core.result import SCHEMA_VERSION, Device, Finding, GateResult, Report, Run, Stats, Status
+from gpuopt.core.result import Device, Finding, GateResult, Report, Run, Stats, Status
 from gpuopt.core.spec import Gates
 from gpuopt.core.stats import slowdown_vs_baseline
 
@@ -60,8 +60,7 @@ def label(run: Run) -> str:
 
 def compare(before: Report, after: Report, *, threshold: float = DEFAULT_THRESHOLD) -> tuple[Comparison, ...]:
     """One Comparison for each run of either report, in the order of `before`, then what is new. `threshold` is relative: 0.05 is 5%."""
-    doubt = _other_device(before.device, after.device)
-    old, new = _by_key(before.runs), _by_key(after.runs)
+    old, new = _by_key(before), _by_key(after)
     rows: list[Comparison] = []
     for name, runs in old.items():
         others = new.get(name, [])
@@ -70,13 +69,45 @@ def compare(before: Report, after: Report, *, threshold: float = DEFAULT_THRESHO
                 Comparison(run=label(runs[0]), verdict="inconclusive", reason="a report holds several runs that differ in options alone")
             )
         elif not others:
-            rows.append(
-                Comparison(run=label(runs[0]), verdict="inconclusive", reason="not in the second report", before_ms=_median(runs[0]))
-            )
+            reason = f"not in the second report{_nearest(runs[0], after.runs)}"
+            rows.append(Comparison(run=label(runs[0]), verdict="inconclusive", reason=reason, before_ms=_median(runs[0])))
         else:
-            rows.append(_pair(runs[0], others[0], doubt, threshold))
-    rows += [Comparison(run=label(runs[0]), verdict="new", after_ms=_median(runs[0])) for name, runs in new.items() if name not in old]
+            doubt = other_device(before.device_of(runs[0]), after.device_of(others[0]))
+            rows.append(judge(runs[0], others[0], doubt, threshold))
+    rows += [
+        Comparison(
+            run=label(runs[0]), verdict="new", after_ms=_median(runs[0]), reason=f"not in the first report{_nearest(runs[0], before.runs)}"
+        )
+        for name, runs in new.items()
+        if name not in old
+    ]
     return tuple(rows)
+
+
+def _nearest(run: Run, others: Sequence[Run]) -> str:
+    """`; the nearest there has fp32 for fp16`: what to look at when a run was expected and is missing."""
+    if not others:
+        return ", which has no runs"
+    best = min(others, key=lambda other: len(differences(other, run)))
+    return "; the nearest there has " + ", ".join(f"{old or 'none'} for {new or 'none'}" for _, old, new in differences(best, run))
+
+
+def differences(before: Run, after: Run) -> list[tuple[str, str, str]]:
+    """(what, before, after) of all that makes two runs different questions."""
+    asked = ("model", "backend", "precision", "changes", "sizes", "inputs")
+    return [(what, old, new) for what, old, new in zip(asked, _question(before), _question(after), strict=True) if old != new]
+
+
+def _question(run: Run) -> tuple[str, ...]:
+    dims = run.dims or ({"N": run.batch} if run.batch is not None else {})
+    return (
+        run.model,
+        run.backend + (f":{run.preset}" if run.preset else ""),
+        run.precision or "",
+        ", ".join(run.transforms),
+        " ".join(f"{k}={v}" for k, v in sorted(dims.items())),
+        f"inputs on the {run.input_mode}",
+    )
 
 
 def gates(
@@ -86,7 +117,8 @@ def gates(
     judged = [row for row in comparisons if row.verdict != "new"]
     limit = f"at most {threshold * 100:.3g}% slower"
     if not judged:
-        return (GateResult(name="max-slowdown", passed=allow_inconclusive, figure="nothing to compare", limit=limit),)
+        hint = next((f": {row.run} is {row.reason}" for row in comparisons), "")
+        return (GateResult(name="max-slowdown", passed=allow_inconclusive, figure=f"nothing to compare{hint}", limit=limit),)
     return tuple(
         GateResult(
             name="max-slowdown",
@@ -100,24 +132,11 @@ def gates(
     )
 
 
-def report(
-    before: Report, after: Report, *, threshold: float = DEFAULT_THRESHOLD, allow_inconclusive: bool = False, command: str = ""
-) -> Report:
-    """Both reports -> one that holds the verdicts; its environment and device are those of `after`."""
-    rows = compare(before, after, threshold=threshold)
-    findings = tuple(
+def environment_findings(before: Report, after: Report) -> tuple[Finding, ...]:
+    """Versions and flags that moved between the two: not a verdict, often its reason."""
+    return tuple(
         Finding(code="GPO600", severity="info", message=f"{what} changed: {old} -> {new}")
         for what, old, new in _environment_changes(before, after)
-    )
-    return Report(
-        schema_version=SCHEMA_VERSION,
-        command=command,
-        verb="compare",
-        environment=after.environment,
-        device=replace(after.device, notes=()) if after.device else None,
-        findings=findings,
-        gates=gates(rows, threshold=threshold, allow_inconclusive=allow_inconclusive),
-        tables={"compare": [_plain(row) for row in rows]},
     )
 
 
@@ -128,19 +147,22 @@ def against_baseline(found: Report, limits: Gates) -> Report:
     threshold = DEFAULT_THRESHOLD if limits.max_slowdown is None else limits.max_slowdown
     rows = compare(codec.read_json(Report, Path(limits.baseline)), found, threshold=threshold)
     judged = gates(rows, threshold=threshold, allow_inconclusive=limits.allow_inconclusive)
-    return replace(found, gates=(*found.gates, *judged), tables={**found.tables, "compare": [_plain(row) for row in rows]})
+    return replace(found, gates=(*found.gates, *judged), tables={**found.tables, "compare": [plain(row) for row in rows]})
 
 
-def _plain(row: Comparison) -> dict[str, object]:
+def plain(row: Comparison) -> dict[str, object]:
+    """As a table of a report holds it."""
     return {
         name: getattr(row, name) for name in ("run", "verdict", "reason", "before_ms", "after_ms", "change", "change_low", "change_high")
     }
 
 
-def _by_key(runs: Sequence[Run]) -> dict[Key, list[Run]]:
+def _by_key(report: Report) -> dict[Key, list[Run]]:
+    """Of a report about several devices, the kind of device is part of the question."""
     found: dict[Key, list[Run]] = {}
-    for run in runs:
-        found.setdefault(key(run), []).append(run)
+    for run in report.runs:
+        device = report.device_of(run) if report.devices else None
+        found.setdefault((*key(run), device.kind if device else ""), []).append(run)
     return found
 
 
@@ -148,8 +170,14 @@ def _median(run: Run) -> float | None:
     return run.latency_ms.median if run.latency_ms else None
 
 
-def _pair(before: Run, after: Run, doubt: str, threshold: float) -> Comparison:
-    row = Comparison(run=label(before), verdict="inconclusive", before_ms=_median(before), after_ms=_median(after))
+def judge(before: Run, after: Run, doubt: str, threshold: float) -> Comparison:
+    """Two runs -> a verdict. `doubt`: why figures of the two devices say nothing about each other, or "".
+
+    Runs that ask different things (another backend, another precision) are judged too, and the reason says what differs; those of other sizes are not.
+    """
+    others = differences(before, after)
+    told = ", ".join(f"{what} {old or 'none'} -> {new or 'none'}" for what, old, new in others)
+    row = Comparison(run=label(before), verdict="inconclusive", before_ms=_median(before), after_ms=_median(after), reason=told)
     if before.status == Status.OK and after.status != Status.OK:
         return replace(row, verdict="broken", reason=f"{after.status.value}: {after.reason}".rstrip(": "))
     if before.status != Status.OK:
@@ -158,13 +186,16 @@ def _pair(before: Run, after: Run, doubt: str, threshold: float) -> Comparison:
         return replace(row, reason=f"{before.status.value} before, {after.status.value} after")
     if doubt:
         return replace(row, reason=doubt)
-    if before.clock != after.clock:
-        return replace(row, reason=f"timed by other clocks: {before.clock or 'unknown'}, {after.clock or 'unknown'}")
-    if before.options != after.options:
-        return replace(row, reason="the backend's options differ")
+    if any(what == "sizes" for what, _, _ in others):
+        return replace(row, reason=f"not the same work: {told}")
     if before.latency_ms is None or after.latency_ms is None:
         return replace(row, reason="a latency is missing")
-    return _judge(row, before.latency_ms, after.latency_ms, threshold)
+    if before.clock != after.clock:
+        return replace(row, reason=f"timed by other clocks: {before.clock or 'unknown'}, {after.clock or 'unknown'}")
+    if before.options != after.options and before.backend == after.backend:
+        return replace(row, reason="the backend's options differ")
+    found = _judge(row, before.latency_ms, after.latency_ms, threshold)
+    return replace(found, reason="; ".join(part for part in (told, found.reason if found.reason != told else "") if part))
 
 
 def _judge(row: Comparison, before: Stats, after: Stats, threshold: float) -> Comparison:
@@ -195,7 +226,7 @@ def _half_width(stats: Stats) -> float | None:
     return max(math.log(stats.ci95_high / stats.median), math.log(stats.median / stats.ci95_low), 0.0)
 
 
-def _other_device(before: Device | None, after: Device | None) -> str:
+def other_device(before: Device | None, after: Device | None) -> str:
     """Why figures of these two devices say nothing about each other; empty where they do."""
     if before is None or after is None:
         return "a report does not name its device"

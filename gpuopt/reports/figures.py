@@ -121,6 +121,27 @@ def share(value: float | None) -> str:
     return percent(value * 100)
 
 
+def calls(value: float | None) -> str:
+    """How often something ran: `24`, `0.5` where it ran in every other call."""
+    if value is None:
+        return MISSING
+    return f"{value:.0f}" if abs(value - round(value)) < 1e-6 or value >= 100 else digits(value)
+
+
+def signed_ms(value: float) -> str:
+    """A difference of times: `+1.20 ms`, `-850 µs`, `0`."""
+    return "0" if abs(value) < 5e-7 else f"{'+' if value > 0 else '-'}{ms(abs(value))}"
+
+
+def change(value: float | None) -> str:
+    """A relative change: 0.052 -> `+5.2%`, 7.2 -> `8.2×`."""
+    if value is None:
+        return MISSING
+    if value >= 1:
+        return f"{digits(value + 1, 2)}×"
+    return "0%" if abs(value) < 5e-4 else f"{value * 100:+.1f}%"
+
+
 def error(value: float | None) -> str:
     """A relative error: `1.2e-04`, `0`."""
     return MISSING if value is None else ("0" if value == 0 else f"{value:.1e}")

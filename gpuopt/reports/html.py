@@ -17,9 +17,9 @@ import jinja2
 from markupsafe import Markup
 
 from gpuopt.core.result import Report, Run, Status
-from gpuopt.reports import batches, plots, roofline, strips
+from gpuopt.reports import batches, crossing, plots, roofline, strips
 from gpuopt.reports import figures as f
-from gpuopt.reports.content import naming
+from gpuopt.reports.content import changes, naming
 from gpuopt.reports.content.blocks import Bars, Block, Cell, Facts, Messages, Page, Roofline, Steps, Table, View
 from gpuopt.reports.page import page
 from gpuopt.reports.scene import profiled, scene, to_script
@@ -32,7 +32,8 @@ SCRIPTS = ("base", "roofline", "ops", "treemap", "curves", "main")
 
 def render(report: Report, view: View | None = None) -> str:
     """The same report gives the same bytes."""
-    shown = page(report, view)
+    view = view or View()
+    shown = page(report, replace(view, by=view.by or "all", top=min(view.top, MAX_ROWS - 10)))
     data = scene(report)
     has_pictures = bool(data["rooflines"] or data["trees"] or data["curves"])
     rooflines = [_fallback(picture) for picture in roofline.pictures(report)]
@@ -42,7 +43,8 @@ def render(report: Report, view: View | None = None) -> str:
         policy=_policy(style, runs),
         title=_title(report),
         page=shown,
-        device=f.clean(report.device.name, 60) if report.device else "",
+        device=", ".join(f.clean(device.name, 60) for device in report.devices)
+        or (f.clean(report.device.name, 60) if report.device else ""),
         tiles=_tiles(report),
         sections=_sections(report, shown),
         falls=strips.falls(report),
@@ -52,6 +54,7 @@ def render(report: Report, view: View | None = None) -> str:
         rooflines=rooflines,
         roofline_notes=list(dict.fromkeys(note for picture in rooflines for note in picture.notes)),
         curves=_curve_table(report),
+        devices=Markup(crossing.svg(report)),
         style=Markup(style),
         scripts=[Markup(source) for source in runs],
         scene=Markup(to_script(data)),
@@ -106,6 +109,9 @@ def _digest(source: str) -> str:
 
 def _title(report: Report) -> str:
     models = list(dict.fromkeys(f.clean(run.model, 60) for run in report.runs))
+    if report.verb == "compare" and (pairs := changes.of_report(report)):
+        told = [f.clean(f"{pair.before} -> {pair.after}" if pair.before != "before" else pair.run, 80) for pair in pairs]
+        return told[0] + (f" and {len(told) - 1} more" if len(told) > 1 else "")
     if not models:
         return f.clean(report.device.name, 60) if report.device and report.verb == "device" else f.clean(f"gpuopt {report.verb}", 60)
     return ", ".join(models[:3]) + (f" and {len(models) - 3} more" if len(models) > 3 else "")
@@ -178,15 +184,27 @@ class _Section:
 
 def _sections(report: Report, shown: Page) -> list[_Section]:
     """The page's blocks under the pictures they belong to; what is not known here stays a section of its own, in its place."""
-    first = {"findings": "Findings", "time": "Where the time goes", "roofline": "Roofline", "modules": "Modules", "speed": "Speed"}
+    first = {
+        "verdict": "Before and after",
+        "devices": "Devices",
+        "findings": "Findings",
+        "time": "Where the time goes",
+        "roofline": "Roofline",
+        "modules": "Modules",
+        "speed": "Speed",
+    }
     blocks: dict[str, list[Block]] = {name: [] for name in (*first, "curves")}
     rest: list[Block] = []
     machine: list[Block] = []
     for block in map(_trimmed, (*shown.blocks, *shown.next)):
         home = _home(block)
+        if home == "time" and isinstance(block, Table) and not block.notes and strips.falls(report) is not None:
+            home = "drawn"  # the picture has the same figures
         if home != "drawn":
             (blocks[home] if home in blocks else machine if home == "machine" else rest).append(block)
     has = {
+        "verdict": False,
+        "devices": bool(crossing.svg(report)),
         "findings": bool(report.findings and strips.findings(report)),
         "time": strips.falls(report) is not None,
         "roofline": bool(roofline.pictures(report)),
@@ -238,12 +256,22 @@ def _fall_notes(shown: Page) -> list[str]:
 
 
 _HOMES = (
-    ("Ops by", "roofline"),
+    ("Over batch", "devices"),
+    ("Ops that changed", "modules"),
+    ("Kernels that came", "modules"),
+    ("Lines that changed", "modules"),
+    ("Ops by name", "modules"),
+    ("Ops", "roofline"),
+    ("Kernels", "modules"),
+    ("Lines", "modules"),
     ("Modules", "modules"),
     ("Speed", "speed"),
     ("Costs", "speed"),
     ("Not ranked", "speed"),
     ("No result", "speed"),
+    ("Where the difference lies", "time"),
+    ("Before and after", "verdict"),
+    ("Inputs", "machine"),
     ("Device", "machine"),
     ("Ceilings", "machine"),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gpuopt.core.result import Ceilings, Report
-from gpuopt.reports.content import breakdown, headline, machine, naming, program, proof, speed, steps, tables, verdicts
+from gpuopt.reports.content import breakdown, devices, headline, inputs, machine, naming, program, proof, speed, steps, tables, verdicts
 from gpuopt.reports.content.blocks import Block, Page, View
 from gpuopt.reports.figures import clean
 
@@ -21,8 +21,10 @@ def page(report: Report, view: View | None = None) -> Page:
     if is_doctor:  # what to change is the answer: where the time goes is its ground, and ops one by one are the profile's
         blocks += verdicts.findings(report)
     else:
-        blocks += machine.build(report)
-    blocks += tables.build(report)
+        blocks += machine.of_all(report)
+        blocks += inputs.build(report)
+    blocks += devices.build(report)
+    blocks += tables.build(report, view)
     for run in detailed:
         shown = replace(run, modules=(), roofline=()) if is_doctor else run
         blocks += breakdown.build(shown, ceilings, view, name(run) if len(detailed) > 1 else "")
@@ -37,7 +39,7 @@ def page(report: Report, view: View | None = None) -> Page:
     return Page(
         title=clean(f"gpuopt {report.verb}"),
         subtitle=clean(report.command, 1000),
-        headline=headline.build(report, ceilings, name),
+        headline=(*devices.headline(report), *headline.build(report, ceilings, name)),
         blocks=tuple(blocks),
         next=tuple(steps.build(report, ceilings)),
         footer=_footer(report),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpuopt.core.result import CEILING_OF_DTYPE, Ceiling, Ceilings, Report, RooflinePoint, Run
 from gpuopt.reports.content import naming
@@ -46,6 +46,19 @@ def _positive(value: float | None) -> bool:
 
 def pictures(report: Report) -> tuple[Picture, ...]:
     """One of the ops of each profiled run; else one with the runs as points; else the ceilings alone, where a device has any."""
+    if report.verb == "compare":  # it holds differences, no points
+        return ()
+    if len(report.devices) > 1:  # a point lies under the ceilings of its own device
+        mine = [
+            (device, replace(report, device=device, devices=(device,), runs=tuple(run for run in report.runs if run.device == device.id)))
+            for device in report.devices
+        ]
+        return tuple(
+            replace(picture, title=" · ".join(part for part in (clean(device.id), picture.title) if part))
+            for device, one in mine
+            if one.runs
+            for picture in pictures(one)
+        )
     ceilings = report.device.ceilings if report.device else Ceilings()
     profiled = [run for run in report.runs if run.roofline]
     if profiled:

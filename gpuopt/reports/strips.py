@@ -9,9 +9,10 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from gpuopt.core.result import Finding, Report, Run, Waterfall
+from gpuopt.core.result import Finding, Report, Run, Waterfall, WaterfallPart
 from gpuopt.reports import figures as f
-from gpuopt.reports.content import naming
+from gpuopt.reports.changes import Delta
+from gpuopt.reports.content import changes, naming
 from gpuopt.reports.content.breakdown import part_tone
 from gpuopt.reports.figures import clean
 
@@ -71,10 +72,9 @@ class Falls:
 
 def falls(report: Report) -> Falls | None:
     """All waterfalls of a report, part by part; None where it has none."""
-    runs = [run for run in report.runs if run.waterfall is not None and run.waterfall.parts]
+    runs, label = _fallen(report)
     if not runs:
         return None
-    label = naming.labels(report.runs)
     whole = max(max(_wall(run), sum(max(0.0, p.ms) for p in _fall(run).parts)) for run in runs) or 1.0
     names = list(dict.fromkeys(part.name for run in runs for part in _fall(run).parts))
     empty = [
@@ -94,6 +94,22 @@ def falls(report: Report) -> Falls | None:
         parts=tuple(_part(name, runs, whole) for name in names if name not in empty),
         empty=tuple(clean(name) for name in empty),
     )
+
+
+def _fallen(report: Report) -> tuple[list[Run], Callable[[Run], str]]:
+    """Runs with a waterfall and what tells them apart; of a report that compares one pair, the two sides of it."""
+    found = changes.of_report(report)
+    if len(found) != 1:
+        return [run for run in report.runs if run.waterfall is not None and run.waterfall.parts], naming.labels(report.runs)
+    pair = found[0]
+
+    def side(name: str, wall_ms: float, ms: Callable[[Delta], float | None]) -> Run:
+        parts = tuple(WaterfallPart(name=row.name, ms=value) for row in pair.waterfall if (value := ms(row)) is not None)
+        fall = Waterfall(wall_ms=wall_ms, parts=parts, unaccounted_ms=sum(part.ms for part in parts if part.name == "unaccounted"))
+        return Run(model=name, backend="", waterfall=fall)
+
+    runs = [side(pair.before, pair.before_ms, lambda row: row.before_ms), side(pair.after, pair.after_ms, lambda row: row.after_ms)]
+    return runs, lambda run: clean(run.model, 60)
 
 
 def _floors(run: Run, whole: float) -> Iterable[Span]:

@@ -73,6 +73,7 @@ class _Calls:
     saved: str | None = None
     failure: str | None = None
     has_parameters: bool = False
+    num_grad_calls: int = 0
 
 
 @dataclass(slots=True)
@@ -114,12 +115,14 @@ class Recording:
         where, found = lines.caller(frame)
         names, specs = argument_names(module), spec_key(args, kwargs)
         parameter = next(module.parameters(), None)
+        records_gradients = torch.is_grad_enabled() and not module.training and any(p.requires_grad for p in module.parameters())
         with self._lock:
             calls = self._find(module, where, frame, found)
             is_first = not calls.inputs
             calls.lines[where] += 1
             calls.inputs[names, specs] += 1
             calls.has_parameters |= parameter is not None
+            calls.num_grad_calls += records_gradients
             calls.device = str(parameter.device) if parameter is not None else ""
             num_calls = calls.num_calls
         if is_first and self.save_inputs is not None:
@@ -229,6 +232,7 @@ def _modules(calls: _Calls) -> ModelCalls:
         first_s=calls.times[0][1] if calls.times else None,
         saved_inputs=calls.saved,
         failure=calls.failure,
+        num_grad_calls=calls.num_grad_calls,
     )
 
 

@@ -8,53 +8,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from gpuopt import converters, models
-from gpuopt.core.live import Inputs, Model
-from gpuopt.core.spec import BackendSpec, Precision, Transforms
+from gpuopt import models
+from gpuopt.core.spec import Precision
 from recipes.predictions import modules
-
-HALF, FP32 = torch.float16, torch.float32
-NHWC = Transforms(channels_last=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Side:
-    """One of two: a module with its inputs on the CPU, and how gpuopt is to run it."""
-
-    module: nn.Module
-    inputs: Mapping[str, torch.Tensor]
-    precision: Precision | None = None
-    backend: str = "eager"
-    transforms: Transforms = field(default_factory=Transforms)
-
-    @property
-    def spec(self) -> BackendSpec:
-        """The backend as a candidate names it."""
-        return BackendSpec.parse(self.backend)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Defect:
-    """A pair. `bad` and `fixed` take `small`."""
-
-    name: str
-    code: str
-    what: str
-    change: str
-    bad: Callable[[bool], Side]
-    fixed: Callable[[bool], Side]
-    on_cpu: bool = False
-    """Whether its rule can tell on a CPU, where there are no kernels, no copies and no TF32."""
-    same_within: float = 2e-2
-    """Relative RMSE between the outputs of both sides."""
-
+from recipes.predictions.held_out import HELD_OUT
+from recipes.predictions.pairs import FP32, HALF, NHWC, Defect, Side, tf32
 
 # -- models ---------------------------------------------------------------------------------------------------------------------------
 
@@ -184,32 +148,35 @@ def intermediate(small: bool, *, aligned: bool) -> Side:
 
 def fed(small: bool, *, pinned: bool) -> Side:
     batch = images(small, 64)
-    return Side(module=modules.Fed(resnet(small, torch.float32), batch, pinned=pinned), inputs={"x": batch[:1]}, precision=_tf32(small))
+    return Side(module=modules.Fed(resnet(small, torch.float32), batch, pinned=pinned), inputs={"x": batch[:1]}, precision=tf32(small))
 
 
 def copied_in(small: bool) -> Side:
     batch = images(small, 64)
-    return Side(module=modules.Fed(resnet(small, torch.float32), batch, pinned=True), inputs={"x": batch}, precision=_tf32(small))
-
-
-def folded(small: bool) -> Side:
-    """Folded here, on one image: the transform runs the whole batch on the CPU to see which layer feeds which batch norm."""
-    given = images(small, 1)
-    model = Model(form="module", name="resnet101", module=_resnet(small, FP32), dtype="float32")
-    made = converters.apply(model, None, Transforms(fold_batch_norm=True), Inputs(kwargs={"pixel_values": given})).module
-    return Side(module=made.to(HALF), inputs={"pixel_values": images(small, 128)}, transforms=NHWC)
+    return Side(module=modules.Fed(resnet(small, torch.float32), batch, pinned=True), inputs={"x": batch}, precision=tf32(small))
 
 
 def picked(small: bool, kind: type[nn.Module]) -> Side:
-    given = ids(small, 32, 512)
-    keep = torch.rand(given["input_ids"].shape, generator=torch.Generator().manual_seed(3)) < 0.75
-    made = wrapped(small, lambda layer: kind(layer, keep), 32, 512, every=4)
-    return Side(module=made.module, inputs=given)
+    """Eight linear layers over 32 x 512 rows, a quarter of which is padding."""
+    width, rows = (32, 64) if small else (1024, 16384)
+    keep = torch.rand((1, rows), generator=torch.Generator().manual_seed(3)) < 0.75
+    layers = nn.Sequential(*(kind(modules.linear(width, width), keep) for _ in range(8)))
+    return Side(module=layers.half(), inputs={"input": torch.randn(1, rows, width, generator=torch.Generator().manual_seed(1))})
 
 
 def masked(small: bool) -> Side:
     given = ids(small, 32, 512)
     return Side(module=bert(small, layers=8), inputs={**given, "attention_mask": torch.ones_like(given["input_ids"])}, backend="inductor")
+
+
+def graphed(backend: str) -> Callable[[bool], Side]:
+    """With a mask: transformers makes one while a graph is captured, and attention then takes its math path."""
+
+    def make(small: bool) -> Side:
+        given = ids(small, 1, 128)
+        return Side(module=bert(small, layers=12), inputs={**given, "attention_mask": torch.ones_like(given["input_ids"])}, backend=backend)
+
+    return make
 
 
 def wide(small: bool, *, cast: bool) -> Side:
@@ -231,18 +198,17 @@ def decoder(small: bool, *, grows: bool) -> Side:
 
 def steps(small: bool, backend: str) -> Side:
     width, number = (32, 4) if small else (1024, 32)
-    return Side(module=modules.Steps(width, number).half(), inputs={"x": torch.randn(1, width)}, backend=backend)
+    return Side(
+        module=modules.Steps(width, number).half(),
+        inputs={"x": torch.randn(1, width, generator=torch.Generator().manual_seed(1))},
+        backend=backend,
+    )
 
 
 def gelu(small: bool, backend: str) -> Side:
     width, rows, blocks = (32, 64, 2) if small else (1024, 16384, 4)
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(1))
     return Side(module=modules.HandGelu(width, 4 * width, blocks).half(), inputs={"x": x}, backend=backend)
-
-
-def _tf32(small: bool) -> Precision | None:
-    """The rehearsal runs on a CPU, which has no TF32."""
-    return None if small and not torch.cuda.is_available() else Precision.TF32
 
 
 TABLE = (
@@ -263,8 +229,8 @@ TABLE = (
         bad=pictures(128), fixed=pictures(128, transforms=NHWC),
     ),
     Defect(
-        name="resnet-batch-norm", code="GPU304", what="ResNet-101 fp16 channels_last, batch 128, batch norms of their own", change="folded into the convolutions",
-        bad=pictures(128, transforms=NHWC), fixed=folded, on_cpu=True,
+        name="resnet-batch-norm", code="GPU304", what="ResNet-101 fp16 channels_last, batch 128, eager, batch norms of their own", change="torch.compile with freezing",
+        bad=pictures(128, transforms=NHWC), fixed=pictures(128, transforms=NHWC, backend="inductor:freezing"), on_cpu=True,
     ),
     Defect(
         name="bert-attention-by-hand", code="GPU305", what="BERT-large fp16, 32 x 512, attn_implementation='eager'", change="'sdpa'",
@@ -304,7 +270,7 @@ TABLE = (
     ),
     Defect(
         name="resnet-input-copied", code="GPU102", what="ResNet-101 TF32, 64 images from pinned memory in each call", change="images on the GPU already",
-        bad=copied_in, fixed=lambda small: pictures(64, FP32, precision=_tf32(small))(small),
+        bad=copied_in, fixed=lambda small: pictures(64, FP32, precision=tf32(small))(small),
     ),
     Defect(
         name="decoder-growing-cache", code="GPU109", what="6 tokens, 2 layers, batch 64, torch.cat onto 2048 cached positions", change="written in place",
@@ -331,7 +297,7 @@ TABLE = (
         bad=standardised(torch.float64), fixed=standardised(torch.float32), on_cpu=True,
     ),
     Defect(
-        name="bert-indices", code="GPU311", what="BERT-large fp16, 32 x 512, rows picked and put by index after every fourth layer", change="torch.where",
+        name="linear-indices", code="GPU311", what="eight 1024-wide linear layers fp16, 16384 rows, rows picked and put by index after each", change="torch.where",
         bad=lambda small: picked(small, modules.Picked), fixed=lambda small: picked(small, modules.Selected),
     ),
     Defect(
@@ -356,8 +322,8 @@ TABLE = (
         fixed=texts(64, 128, FP32, precision=Precision.BF16),
     ),
     Defect(
-        name="bert-small-kernels", code="GPU403", what="BERT-large's first 6 layers fp16, 1 x 128, eager", change="torch.compile",
-        bad=texts(1, 128, layers=6), fixed=texts(1, 128, layers=6, backend="inductor"),
+        name="bert-small-kernels", code="GPU403", what="BERT-large's first 12 layers fp16, 1 x 128, as a CUDA graph of eager kernels", change="torch.compile, reduce-overhead",
+        bad=graphed("cudagraphs"), fixed=graphed("inductor:reduce-overhead"),
     ),
     Defect(
         name="bert-compiled-mask", code="GPU306", what="BERT-large's first 8 layers fp16, 32 x 512, compiled, no mask given", change="a mask of ones as an input",
@@ -366,4 +332,5 @@ TABLE = (
 )  # fmt: skip
 """Different kinds first: a run that ends early has seen them."""
 
-DEFECTS: Mapping[str, Defect] = {defect.name: defect for defect in TABLE}
+DEFECTS: Mapping[str, Defect] = {defect.name: defect for defect in (*TABLE, *HELD_OUT)}
+"""All pairs by name."""

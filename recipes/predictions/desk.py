@@ -21,7 +21,8 @@ from gpuopt.core.result import Device, Samples
 from gpuopt.core.spec import BenchSpec, Candidate, ModelRef, Precision, TensorSpec
 from gpuopt.pipeline import facts, pairs, verification
 from gpuopt.pipeline.session import Session
-from recipes.predictions.defects import DEFECTS, Side
+from recipes.predictions.defects import DEFECTS
+from recipes.predictions.pairs import Side
 from recipes.predictions.rows import Fired, Timed, Told
 
 SPEC = BenchSpec(
@@ -57,12 +58,12 @@ class Desk:
         self._spec = SMALL if small else SPEC
         self._open: dict[str, tuple[Live, Live, Timed]] = {}
 
-    def survey(self, device: str, small: bool) -> facts.Survey:
-        """The machine; without its ceilings for a rehearsal, whose prices mean nothing."""
+    def survey(self, device: str, small: bool, ceilings: bool) -> facts.Survey:
+        """The machine, with its ceilings or without. `small`: the tiny siblings from here on."""
         self._small, self._spec = small, SMALL if small else SPEC
         session = Session()
         try:
-            return session.survey(device, refresh=False, ceilings=not small)
+            return session.survey(device, refresh=False, ceilings=ceilings)
         finally:
             session.close()
 

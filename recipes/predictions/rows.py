@@ -76,6 +76,8 @@ class Row:
     """Model, sizes and the defect, in words."""
     change: str
     """What the fixed side does instead."""
+    held_out: bool = False
+    """Whether no rule's price was worked on with this pair's figures in sight."""
     status: str = MEASURED
     """`measured`, or how it ended: a status of gpuopt's (`unsupported`, `oom_device`, `timeout`, `crash`, …) or `skipped`."""
     reason: str = ""
@@ -133,6 +135,7 @@ def judged(row: Row, timed: Timed, told: Told, *, seconds: float) -> Row:
         code=row.code,
         what=row.what,
         change=row.change,
+        held_out=row.held_out,
         bad_ms=timed.bad_ms,
         fixed_ms=timed.fixed_ms,
         predicted_low_ms=found[0] if found else None,

@@ -2,7 +2,7 @@
 
 Each bad side is explained by the doctor, which predicts what the fix gives back as a range; both sides are timed in interleaved blocks, which says what it does give back.
 
-    python -m recipes.predictions.run                          all pairs on the GPU -> recipes/predictions/h200.json (about seven minutes)
+    python -m recipes.predictions.run                          all pairs on the GPU -> recipes/predictions/h200.json (about eight minutes)
     python -m recipes.predictions.run --only GPU303,bert-item  some of them, by code or name; --keep leaves the file's other rows
     python -m recipes.predictions.run --device cpu --small --output rehearsal.json
     python -m recipes.predictions.table                        the file -> docs/predictions.md
@@ -12,6 +12,7 @@ The file is a `Predictions` of rows.py, where every field is explained:
     command, small, seconds       how it was made; `small` is a rehearsal on tiny models
     device, environment           with the ceilings the prices are made of, and the versions
     rows[].name, code, what, change        the pair, and the rule that is to find it
+    rows[].held_out                        whether prices were never worked on with it in sight
     rows[].status, reason                  `measured`, or why not
     rows[].bad_ms, fixed_ms                median wall time of a call
     rows[].predicted_low_ms, predicted_high_ms, gain_ms, gain_low_ms, gain_high_ms, num_pairs
@@ -43,9 +44,9 @@ from recipes.predictions.rows import Predictions, Row, Timed, Told, judged, scor
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 WORKER = "recipes.predictions.worker"
-PER_CHILD = 6
+PER_CHILD = 12
 """Pairs a child: all are timed before the first is traced, and all stay in memory until then."""
-BUDGET_S = 450.0
+BUDGET_S = 540.0
 """No pair is begun after this; what is timed by then is still explained."""
 EXPLAIN_S = 4.0
 """Kept of the budget for each pair that was timed and not yet explained."""
@@ -85,13 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def chosen(only: str) -> list[str]:
     """Names of the pairs, in their order. Raises UsageError for a code or a name that none has."""
-    from recipes.predictions.defects import TABLE
+    from recipes.predictions.defects import DEFECTS
 
     wanted = [w.strip() for w in only.split(",") if w.strip()]
     for word in wanted:
-        if not any(word in (d.code, d.name) for d in TABLE):
-            raise UsageError(f"no pair is called {word!r}", fix="one of " + ", ".join(f"{d.code} {d.name}" for d in TABLE))
-    return [d.name for d in TABLE if not wanted or d.code in wanted or d.name in wanted]
+        if not any(word in (d.code, d.name) for d in DEFECTS.values()):
+            raise UsageError(f"no pair is called {word!r}", fix="one of " + ", ".join(f"{d.code} {d.name}" for d in DEFECTS.values()))
+    return [d.name for d in DEFECTS.values() if not wanted or d.code in wanted or d.name in wanted]
 
 
 def run(
@@ -135,12 +136,12 @@ def run(
     while pending := [name for name in names if name not in rows]:
         with start() as process:
             if machine is None:
-                machine = _surveyed(process, device, small)
+                machine = _surveyed(process, device, small, ceilings=not small)  # a rehearsal's prices mean nothing
                 output = output or _default(machine[0], small)
                 kept = _kept(output, machine, names) if keep else ()
                 say(f"{machine[0].name}: {len(names)} pairs -> {output.name} ({time.monotonic() - began:.0f} s)")
             else:
-                _surveyed(process, device, True)  # the ceilings are known
+                _surveyed(process, device, small, ceilings=False)  # they are known
             timed: dict[str, tuple[Timed, float]] = {}
             for name in pending[:PER_CHILD]:
                 if time.monotonic() - began > budget_s - EXPLAIN_S * len(timed):
@@ -198,16 +199,21 @@ def line(row: Row) -> str:
 
 
 def summary(found: Predictions) -> str:
-    """The score in one line."""
-    total = score(found.rows)
-    share = f"{total.share:.0%}" if total.share is not None else "no"
-    miss = f"{total.median_miss:.1%}" if total.median_miss is not None else "none: half of them have no prediction"
-    return f"{total.num_in_range} of {total.num_measured} measured gains in range ({share}), median miss {miss}; {found.seconds:.0f} s"
+    """The score of all, and of those held out."""
+
+    def told(rows: Sequence[Row]) -> str:
+        total = score(rows)
+        share = f"{total.share:.0%}" if total.share is not None else "no"
+        miss = f"{total.median_miss:.1%}" if total.median_miss is not None else "none: half of them have no prediction"
+        return f"{total.num_in_range} of {total.num_measured} measured gains in range ({share}), median miss {miss}"
+
+    held_out = [row for row in found.rows if row.held_out]
+    return told(found.rows) + (f"; held out: {told(held_out)}" if held_out else "") + f"; {found.seconds:.0f} s"
 
 
-def _surveyed(process: Child, device: str, small: bool) -> tuple[Device, Environment]:
+def _surveyed(process: Child, device: str, small: bool, *, ceilings: bool) -> tuple[Device, Environment]:
     try:
-        found = process.call("survey", facts.Survey, timeout_s=SURVEY_TIMEOUT_S, device=device, small=small)
+        found = process.call("survey", facts.Survey, timeout_s=SURVEY_TIMEOUT_S, device=device, small=small, ceilings=ceilings)
     except ChildFailed as failure:
         raise failure.error or UsageError(failure.reason, fix="--device cpu --small rehearses without a GPU") from failure
     return found.device, found.environment
@@ -239,10 +245,10 @@ def _merged(kept: Sequence[Row], rows: dict[str, Row]) -> tuple[Row, ...]:
 
 
 def _empty(name: str) -> Row:
-    from recipes.predictions.defects import DEFECTS
+    from recipes.predictions.defects import DEFECTS, HELD_OUT
 
     defect = DEFECTS[name]
-    return Row(name=name, code=defect.code, what=defect.what, change=defect.change)
+    return Row(name=name, code=defect.code, what=defect.what, change=defect.change, held_out=defect in HELD_OUT)
 
 
 def _failed(name: str, failure: ChildFailed, seconds: float) -> Row:

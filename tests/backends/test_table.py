@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gpuopt.backends import BACKENDS, EXTRAS, SUMMARY, load_backend
+from gpuopt.backends import BACKENDS, EXTRAS, SUMMARY, listed, load_backend
 from gpuopt.core.errors import Unavailable, UsageError
 from gpuopt.core.spec import Precision
 
@@ -75,3 +75,11 @@ def test_a_device_that_is_not_there_is_a_reason_and_not_an_exception() -> None:
         pytest.skip("there is a GPU")
     for name in ("eager", "inductor", "cudagraphs", "aoti"):
         assert "no CUDA device" in load_backend(name).available("cuda")
+
+
+def test_a_backend_for_tests_is_in_no_list_and_works_when_named() -> None:
+    assert "null" in BACKENDS and "null" not in listed()
+    with pytest.raises(UsageError) as raised:
+        load_backend("nul")
+    assert "null" not in raised.value.fix and "eager" in raised.value.fix
+    assert load_backend("null").available("cpu") is None

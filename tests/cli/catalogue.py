@@ -94,7 +94,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     """command(*words): everything that the command does, with its children in this process; only the ceilings are not measured."""
     from gpuopt.cli import app
     from gpuopt.devices import null
-    from gpuopt.pipeline import jobs, session
+    from gpuopt.pipeline import isolate, session
 
     children: list[Any] = []
 
@@ -102,7 +102,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         children.append(pipeline.LocalChild())
         return children[-1]
 
-    monkeypatch.setattr(jobs, "Child", child)
+    monkeypatch.setattr(isolate, "Child", child)
     monkeypatch.setattr(session.measured_ceilings, "all_ceilings", lambda *_, **__: null.CEILINGS)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m.py").write_text(MODELS)

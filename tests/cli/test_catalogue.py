@@ -315,12 +315,12 @@ RECIPES = {
 def test_57_to_65_what_is_wrong_with_the_command_line_is_told_before_any_work(
     row: int, words: list[str], code: int, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gpuopt.pipeline import jobs
+    from gpuopt.pipeline import isolate
 
     def no_child(*_: Any, **__: Any) -> Any:
         raise AssertionError("work began")
 
-    monkeypatch.setattr(jobs, "Child", no_child)
+    monkeypatch.setattr(isolate, "Child", no_child)
     (tmp_path / "recipe.yaml").write_text(SMALL_RECIPE)
     for name, (text, _) in RECIPES.items():
         (tmp_path / name).write_text(text)

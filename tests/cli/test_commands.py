@@ -82,6 +82,35 @@ def test_compare_of_unlike_things_is_inconclusive_and_fails_unless_allowed(tmp_p
     assert app.run([*words, "--allow-inconclusive"]) == 0
 
 
+def test_compare_of_one_report_tells_its_runs_apart_and_gates_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    bench = str(GOLDEN / "bench.json")
+    assert app.run(["compare", bench]) == 0
+    assert "inductor:freezing" in capsys.readouterr().out
+    assert app.run(["compare", bench, "--run", "eager", "--run", "ort", "--max-slowdown", "5%"]) in (0, 1)
+    assert "ort:cuda" in capsys.readouterr().out
+    assert app.run(["compare", bench, "--run", "nobody"]) == 2
+    assert "2 resnet101 · inductor:freezing" in capsys.readouterr().err
+    assert app.run(["compare", str(GOLDEN / "profile.json")]) == 3
+
+
+def test_a_comparison_is_a_report_that_every_format_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = GOLDEN / "compare.json"
+    assert app.run(["report", str(found), "--by", "kernel", "--top", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "5 more" in text and "Modules that changed" not in text
+    assert app.run(["report", str(found), "--format", "html", "-o", str(tmp_path / "c.html")]) == 0
+    assert "Where the time goes" in (tmp_path / "c.html").read_text()
+
+
+def test_a_profile_is_shown_again_by_module_op_kernel_or_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for by, title in {"module": "Modules", "op": "Ops by name", "kernel": "Kernels", "line": "Lines"}.items():
+        assert app.run(["report", str(GOLDEN / "profile.json"), "--by", by]) == 0
+        text = capsys.readouterr().out
+        shown = {line for line in text.splitlines() if line in ("Modules", "Ops", "Ops by name", "Kernels", "Lines")}
+        assert shown == {title}
+        assert "attributed to" in text and ("one call" in text or by == "module")
+
+
 def test_trust_remembers_lists_and_forgets_by_hash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

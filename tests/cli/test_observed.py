@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,9 +28,10 @@ sys.exit(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from gpuopt.devices import null
-    from gpuopt.pipeline import facts, jobs
+    from gpuopt.pipeline import facts
+    from gpuopt.pipeline import machine as machines
 
-    monkeypatch.setattr(jobs, "survey", lambda job, progress, **_: facts.Survey(environment=_environment(), device=null.DEVICE))
+    monkeypatch.setattr(machines, "survey", lambda job, progress, **_: facts.Survey(environment=_environment(), device=null.DEVICE))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "infer.py").write_text(PROGRAM)
     return tmp_path
@@ -73,3 +76,27 @@ def test_a_trace_that_is_none_is_refused(here: Path, capsys: pytest.CaptureFixtu
     (here / "t.json").write_text("")
     assert app.run(["profile", "--trace", "t.json"]) == 3
     assert app.run(["profile", "--trace", "missing.json"]) in (2, 3)
+
+
+def _seconds_of(words: list[str], folder: Path) -> tuple[int, float, str]:
+    began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    done = subprocess.run([sys.executable, "-m", "gpuopt", *words], cwd=folder, capture_output=True, text=True, check=False)
+    return done.returncode, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began, done.stderr
+
+
+def test_a_bad_trace_is_told_before_torch_is_there_or_ceilings_are_measured(here: Path) -> None:
+    (here / "t.json").write_text('{"traceEvents": [{"ph": "X", "cat"')
+    code, seconds, said = _seconds_of(["profile", "--trace", "t.json"], here)
+    assert code == 3 and "is truncated" in said and "looking at this machine" not in said
+    assert seconds < 2  # torch alone takes that
+
+
+def test_the_limits_a_refusal_names_can_be_raised(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    events = [{"ph": "X", "cat": "cpu_op", "name": "aten::mm", "pid": 1, "tid": 1, "ts": i, "dur": 1} for i in range(40)]
+    (here / "t.json").write_text(json.dumps({"traceEvents": events}))
+    assert app.run(["profile", "--trace", "t.json", "--trace-limit", "1KiB"]) == 3
+    assert "raise --trace-limit" in capsys.readouterr().err
+    assert app.run(["profile", "--trace", "t.json", "--trace-events", "10"]) == 3
+    assert "raise --trace-events" in capsys.readouterr().err
+    assert app.run(["profile", "--trace", "t.json", "--trace-limit", "1MiB", "--trace-events", "100"]) == 0
+    assert app.run(["profile", "--trace", "t.json", "--trace-limit", "much"]) == 2

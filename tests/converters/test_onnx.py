@@ -12,6 +12,7 @@ from gpuopt.converters import apply, onnx
 from gpuopt.core.errors import GateFailed, Unsupported
 from gpuopt.core.live import Model
 from gpuopt.core.spec import Precision, Transforms
+from gpuopt.programs import node_source
 from gpuopt.trust import gate
 
 
@@ -53,6 +54,23 @@ def test_a_t5_keeps_integers_whole_and_its_dimensions_apart(t5, tmp_path):
     found = session_of(path).run(names, {"input_ids": ids.numpy(), "decoder_input_ids": decoder.numpy()})
     for name, value in zip(names, found, strict=True):
         torch.testing.assert_close(torch.from_numpy(value), wanted[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+@pytest.mark.parametrize("name", ["resnet", "t5"])
+def test_every_node_still_says_which_module_and_line_it_is_from(name, precision, request, tmp_path):
+    """Through the exporter's own optimiser, which folds batch norms into convolutions, and through the constant folding that stands in for it in bf16."""
+    model, inputs = request.getfixturevalue(name)
+    given = inputs.map(lambda t: t.to(getattr(torch, precision.dtype)) if t.is_floating_point() else t)
+    path = onnx.export(apply(model, precision, Transforms()), given, tmp_path / "m.onnx", check=False)
+    nodes = [n for n in onnx_library.load(path).graph.node if n.op_type != "Constant"]
+    modules = {n: type(m).__name__ for n, m in model.module.named_modules()}
+    for node in nodes:
+        source = node_source.of_node(node)
+        assert source.module in modules, f"{node.name}: {source}"
+        assert source.line.startswith(("modeling_", "activations.py")), f"{node.name}: {source}"
+        if node.op_type == "Conv":
+            assert modules[source.module] == "Conv2d", f"{node.name}: {source}"
 
 
 def test_bf16_is_written_and_its_not_being_run_is_said(make, inputs, tmp_path):

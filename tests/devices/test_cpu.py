@@ -61,5 +61,16 @@ def test_the_last_level_is_the_cache(tmp_path):
     assert cpu.cache_bytes(tmp_path / "nothing") is None
 
 
+def test_what_is_free_is_the_kernels_estimate_or_what_the_container_has_left(tmp_path):
+    assert cpu.free_bytes(tmp_path / "cg", tmp_path) is None
+    write(tmp_path / "meminfo", "MemTotal: 24682416 kB\nMemFree: 1 kB\nMemAvailable: 20000000 kB\n")
+    assert cpu.free_bytes(tmp_path / "cg", tmp_path) == 20000000 * 1024
+    write(tmp_path / "cg" / "memory.max", "4294967296")
+    assert cpu.free_bytes(tmp_path / "cg", tmp_path) == 20000000 * 1024, "a limit without what is held says nothing"
+    write(tmp_path / "cg" / "memory.current", "3221225472")
+    write(tmp_path / "cg" / "memory.stat", "anon 1\ninactive_file 1073741824\n")
+    assert cpu.free_bytes(tmp_path / "cg", tmp_path) == 2**31, "files it has cached can be dropped"
+
+
 def test_this_process_holds_some_memory():
     assert cpu.resident_bytes() > 10 * 2**20

@@ -14,7 +14,8 @@ from gpuopt.core import codec
 from gpuopt.core.result import Device, Report
 from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, DimSpec, InputSpec, Job, ModelRef, Precision
 from gpuopt.devices import info, null
-from gpuopt.pipeline import environment, facts, isolate, jobs, worker
+from gpuopt.pipeline import environment, facts, isolate, worker
+from gpuopt.pipeline import machine as machines
 from gpuopt.pipeline.session import Session
 
 SOURCE = '''
@@ -186,7 +187,7 @@ def fake_survey(*_: Any, **__: Any) -> facts.Survey:
 
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "survey", fake_survey)
+    monkeypatch.setattr(machines, "survey", fake_survey)
 
 
 @pytest.fixture
@@ -198,7 +199,7 @@ def local(monkeypatch: pytest.MonkeyPatch, unmeasured: None) -> Iterator[list[Lo
         made.append(LocalChild())
         return made[-1]
 
-    monkeypatch.setattr(jobs, "Child", child)
+    monkeypatch.setattr(isolate, "Child", child)
     yield made
     assert all(c.session is None for c in made)
 

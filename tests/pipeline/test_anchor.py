@@ -10,7 +10,8 @@ from gpuopt.core.errors import OutOfMemory
 from gpuopt.core.progress import Silent
 from gpuopt.core.result import Ceiling, Ceilings, Count, Device, Environment, Samples
 from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, InputSpec, Job, ModelRef, TensorSpec
-from gpuopt.pipeline import anchor, facts, jobs, pairs
+from gpuopt.pipeline import anchor, facts, jobs, pairs, seats
+from gpuopt.pipeline import machine as machines
 from gpuopt.profiling import roofline
 
 GPU = Device(id="cuda:0", name="GPU", kind="cuda")
@@ -116,8 +117,8 @@ def test_products_faster_than_the_measured_ceiling_have_it_measured_again(monkey
         again.append(job.refresh)
         return surveyed(100.0)
 
-    monkeypatch.setattr(jobs, "survey", survey)
-    machine = jobs.Machine(job=Job(verb="bench"), progress=Silent(), survey=surveyed(10.0))
+    monkeypatch.setattr(machines, "survey", survey)
+    machine = machines.Machine(job=Job(verb="bench"), progress=Silent(), survey=surveyed(10.0))
     machine.keep({"fp32": Ceiling(quantity="fp32", value=11.0, unit="FLOP/s", kind="sustained", source="")})
     assert not again  # within the slack of a CPU
     machine.keep({"fp32": Ceiling(quantity="fp32", value=99.0, unit="FLOP/s", kind="sustained", source="")})
@@ -139,14 +140,14 @@ def test_no_room_beside_the_model_is_a_warning_and_no_failure(tmp_path, monkeypa
 
     monkeypatch.setattr(Child, "call", call)
     monkeypatch.setattr(anchor, "wanted", lambda counts, device, mode: ("fp32",))
-    seat = jobs.Seat.__new__(jobs.Seat)
+    seat = seats.Seat.__new__(seats.Seat)
     seat.count, seat.sampled = counted(float32=1.0), Samples(samples_ns=(1_000_000,))
 
     class Tell:
         def warn(self, text: str) -> None:
             told.append(text)
 
-    machine = jobs.Machine(job=Job(verb="bench"), progress=Tell(), survey=type("S", (), {"device": CPU})())  # type: ignore[arg-type]
-    with jobs.products([seat], Job(verb="bench"), machine) as found:
+    machine = machines.Machine(job=Job(verb="bench"), progress=Tell(), survey=type("S", (), {"device": CPU})())  # type: ignore[arg-type]
+    with seats.products([seat], Job(verb="bench"), machine) as found:
         assert found.sides == {}
     assert told and "no memory left" in told[0]

@@ -12,7 +12,9 @@ from gpuopt.core.errors import UsageError
 from gpuopt.core.result import Finding, Report, Run, Status
 from gpuopt.core.spec import BackendSpec, Candidate, Change, Job, ModelRef, Precision
 from gpuopt.doctor import diagnose as doctor_stage
-from gpuopt.pipeline import doctor, gates, jobs
+from gpuopt.pipeline import doctor, gates, jobs, probing
+from gpuopt.pipeline import session as session_stage
+from gpuopt.pipeline.session import Session
 
 BROKEN = """
 import torch
@@ -180,3 +182,138 @@ def test_profile_shows_findings_too(local: Any, tools: Any, models: Any, monkeyp
     monkeypatch.setattr(doctor_stage, "rules", lambda: table)
     report = jobs.profile(tools.job("profile", tools.candidate(models("net"), N=4)))
     assert "GPU999" in {f.code for f in report.findings}
+
+
+COMPILED = """
+import torch
+class Counting(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin, self.calls = torch.nn.Linear(16, 16), 0
+    def forward(self, x):
+        self.calls += 1
+        return self.lin(x) + min(self.calls, 3) - 3
+class Even(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = torch.nn.Linear(16, 16)
+    def forward(self, x):
+        y = self.lin(x)
+        if y.sum() > 1e9:
+            y = y + 1
+        return self.lin(y) if x.shape[0] % 2 == 0 else y
+class Plain(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = torch.nn.Linear(16, 16)
+    def forward(self, x):
+        return self.lin(x)
+class Doubled(Plain):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(16, dtype=torch.float64))
+    def forward(self, x):
+        return self.lin(x) - self.mean
+def counting(): return Counting().eval()
+def even(): return Even().eval()
+def plain(): return Plain().eval()
+def doubled(): return Doubled().eval()
+for _made in (counting, even, plain, doubled):
+    _made.input_specs = ("x:float32[N,16]",)
+"""
+
+
+@pytest.fixture
+def compiled(tmp_path: Path) -> Path:
+    path = tmp_path / "compiled.py"
+    path.write_text(COMPILED)
+    return path
+
+
+def told(report: Report, code: str) -> list[Finding]:
+    return [f for f in report.findings if f.code == code]
+
+
+def compile_doctor(tools: Any, path: Path, factory: str) -> Report:
+    job = tools.job("doctor", tools.candidate(f"{path}:{factory}", "inductor", N=4))
+    return doctor.doctor(replace(job, bench=replace(job.bench, verify="off")))
+
+
+@pytest.mark.slow  # four compilations
+def test_a_model_that_is_compiled_in_every_call_is_told_its_guard(local: Any, tools: Any, compiled: Path) -> None:
+    report = compile_doctor(tools, compiled, "counting")
+    (only,) = told(report, "GPU502")
+    assert "self.calls ==" in only.message and only.line is not None and only.line.startswith("compiled.py:") and (only.count or 0) >= 2
+
+
+def test_other_sizes_and_breaks_of_a_compiled_model_are_told_with_their_lines(local: Any, tools: Any, compiled: Path) -> None:
+    report = compile_doctor(tools, compiled, "even")
+    (broken_graph,) = told(report, "GPU501")
+    number = next(i for i, text in enumerate(COMPILED.splitlines(), 1) if "y.sum() > 1e9" in text)
+    assert broken_graph.line == f"compiled.py:{number}" and "Data-dependent branching" in broken_graph.message
+    again = told(report, "GPU502")
+    assert any("% 2)" in f.message for f in again), again
+    assert told(compile_doctor(tools, compiled, "plain"), "GPU502") == []
+
+
+def test_a_model_as_it_is_keeps_its_float64_buffer_and_pays_for_it(local: Any, tools: Any, compiled: Path) -> None:
+    """Cast to the dtype of its weights, the buffer would cost nothing and the finding would have no figure."""
+    session = Session()
+    try:
+        session.load(tools.candidate(f"{compiled}:doubled", N=4))
+        session.build()
+        module, given = session.changed_module(), session._given()
+        assert module.mean.dtype.is_floating_point and str(module.mean.dtype) == "torch.float64"
+        assert str(session.runner()(*given.args, **given.kwargs).dtype) == "torch.float64"
+    finally:
+        session.close()
+    (only,) = told(doctor.doctor(tools.job("doctor", tools.candidate(f"{compiled}:doubled", N=4))), "GPU201")
+    assert only.time_ms is not None and only.change == Change(precision=Precision.FP32)
+
+
+def test_a_precision_that_was_asked_for_is_cast_to(local: Any, tools: Any, compiled: Path) -> None:
+    session = Session()
+    try:
+        session.load(tools.candidate(f"{compiled}:doubled", precision="fp32", N=4))
+        session.build()
+        assert str(session.changed_module().mean.dtype) == "torch.float32"
+    finally:
+        session.close()
+
+
+def seen_evidence(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    found: list[Any] = []
+    monkeypatch.setattr(session_stage.doctor, "diagnose", lambda evidence, **more: found.append(evidence) or ())
+    return found
+
+
+def test_evidence_says_what_was_asked_for_and_what_the_users_process_has(
+    local: Any, tools: Any, compiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = seen_evidence(monkeypatch)
+    for precision in (None, "fp32"):
+        doctor.doctor(tools.job("doctor", tools.candidate(f"{compiled}:plain", precision=precision, N=4)))
+    as_is, asked = found
+    assert as_is.precision is None and asked.precision == "fp32"
+    for evidence in found:  # both ran with TF32 off; a process with torch's defaults has it on in cuDNN
+        assert evidence.flags["matmul_tf32"] is False and evidence.flags["cudnn_tf32"] is False
+        assert evidence.flags["own_matmul_tf32"] is False and evidence.flags["own_cudnn_tf32"] is True
+
+
+def test_larger_batches_are_timed_for_the_doctor_on_a_gpu_alone_and_never_for_a_profile(
+    local: Any, tools: Any, compiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = seen_evidence(monkeypatch)
+    monkeypatch.setattr(probing, "settle", lambda call, device: None)
+    doctor.doctor(tools.job("doctor", tools.candidate(f"{compiled}:plain", N=4)))
+    survey = tools.fake_survey()
+    session = Session()
+    try:
+        session.load(tools.candidate(f"{compiled}:plain", N=4))
+        session.build()
+        session.probe(replace(survey.device, kind="cuda"), 0.05)
+        curve = dict(session._seen.batch_curve)
+    finally:
+        session.close()
+    assert set(curve) == {4, 8, 16} and curve[4] == 0.05 and all(ms > 0 for ms in curve.values())
+    assert found[0].batch_curve == {}

@@ -12,9 +12,11 @@ import pytest
 
 from gpuopt.core import codec
 from gpuopt.core.errors import BadInput
+from gpuopt.core.progress import Progress, Silent
 from gpuopt.core.result import Ceiling, Ceilings, Device, Report, Status
+from gpuopt.core.spec import Job
 from gpuopt.doctor.rule import rules
-from gpuopt.pipeline import elsewhere
+from gpuopt.pipeline import elsewhere, environment, facts, tables
 from gpuopt.reports import FORMATS
 
 ROOT = Path(__file__).parents[2]
@@ -162,5 +164,22 @@ def test_ignored_rules_are_silent_and_bad_files_raise(trace: Path, tmp_path: Pat
 def test_the_kernels_beyond_the_top_are_one_row(trace: Path) -> None:
     from gpuopt.profiling import foreign
 
-    rows = elsewhere.kernels(foreign.read(trace), top=1)
+    rows = tables.kernels(foreign.read(trace), top=1)
     assert rows[1]["kernel"] == "1 others" and rows[1]["time_ms"] == pytest.approx(0.1)
+
+
+def test_a_machine_is_measured_only_for_a_trace_of_its_own_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def survey(job: Job, progress: Progress, *, ceilings: bool = True) -> facts.Survey:
+        asked.append(ceilings)
+        return facts.Survey(environment=environment.describe(), device=SAME)
+
+    monkeypatch.setattr(elsewhere.machine, "survey", survey)
+    monkeypatch.setattr(elsewhere.torch.cuda, "device_count", lambda: 1)
+    job = Job(verb="profile")
+    assert elsewhere.same_here(None, job, Silent()) is None and not asked
+    assert elsewhere.same_here(replace(SAME, name="NVIDIA L4"), job, Silent()) is None and asked == [False]
+    assert elsewhere.same_here(replace(SAME, ceilings=Ceilings()), job, Silent()) == SAME and asked == [False, False, True]
+    monkeypatch.setattr(elsewhere.torch.cuda, "device_count", lambda: 0)
+    assert elsewhere.same_here(SAME, job, Silent()) is None and len(asked) == 3

@@ -19,7 +19,8 @@ from gpuopt.core import codec
 from gpuopt.core.errors import BadInput, OutOfMemory, ResourceError, Unavailable, Unsupported, UsageError
 from gpuopt.core.result import Device, Report, Samples, Stats, Status
 from gpuopt.core.spec import Gates, ModelRef
-from gpuopt.pipeline import facts, gates, isolate, jobs, worker
+from gpuopt.pipeline import facts, gates, groups, isolate, jobs, worker
+from gpuopt.pipeline import machine as machines
 from gpuopt.pipeline.isolate import Child, ChildFailed
 from gpuopt.profiling.roofline import ImpossibleFigure
 
@@ -49,14 +50,14 @@ def storm(models: Models, tmp_path_factory: pytest.TempPathFactory) -> tuple[Rep
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        patch.setattr(jobs, "survey", tools.fake_survey)
+        patch.setattr(machines, "survey", tools.fake_survey)
         made: list[Child] = []
 
         def child(**more: Any) -> Child:
             made.append(Child(**more))
             return made[-1]
 
-        patch.setattr(jobs, "Child", child)
+        patch.setattr(isolate, "Child", child)
         candidates = [tools.candidate(models("net"), backend, N=4) for backend in FAULTS]
         job = tools.job("bench", *candidates, bench=replace(tools.QUICK, timeout_s=20.0, max_time_s=5.0))
         report = jobs.bench(job, watcher)
@@ -110,9 +111,9 @@ def test_candidates_built_at_once_end_as_they_do_one_after_the_other(
     models: Models, tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(jobs, "survey", tools.fake_survey)
+    monkeypatch.setattr(machines, "survey", tools.fake_survey)
     made: list[Child] = []
-    monkeypatch.setattr(jobs, "Child", lambda **more: made.append(Child(**more)) or made[-1])
+    monkeypatch.setattr(isolate, "Child", lambda **more: made.append(Child(**more)) or made[-1])
     names = ["null", "null:fail=segv", "null:fail=ignore_sigterm", "null:sleep_ms=1"]
     candidates = [tools.candidate(models("net"), backend, N=4) for backend in names]
     began = time.monotonic()
@@ -126,22 +127,22 @@ def test_candidates_built_at_once_end_as_they_do_one_after_the_other(
 
 def test_candidates_of_a_gpu_built_at_once_share_the_cores_and_those_of_a_cpu_do_not(tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(jobs.os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    monkeypatch.setattr(groups.os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
     job = tools.job("bench", bench=replace(tools.QUICK, build_jobs=3))
     gpu, cpu = (Device(id=kind, name="", kind=kind) for kind in ("cuda", "cpu"))
-    assert jobs._fewer_threads(gpu, job) == {"OMP_NUM_THREADS": "5"}
-    assert jobs._fewer_threads(cpu, job) == {} == jobs._fewer_threads(gpu, tools.job("bench"))
+    assert groups.fewer_threads(gpu, job) == {"OMP_NUM_THREADS": "5"}
+    assert groups.fewer_threads(cpu, job) == {} == groups.fewer_threads(gpu, tools.job("bench"))
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert jobs._fewer_threads(gpu, job) == {}, "the user's own number stands"
+    assert groups.fewer_threads(gpu, job) == {}, "the user's own number stands"
 
 
 def test_an_interrupt_while_several_are_being_built_leaves_no_child_and_waits_for_none(
     models: Models, tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(jobs, "survey", tools.fake_survey)
+    monkeypatch.setattr(machines, "survey", tools.fake_survey)
     made: list[Child] = []
-    monkeypatch.setattr(jobs, "Child", lambda **more: made.append(Child(**more)) or made[-1])
+    monkeypatch.setattr(isolate, "Child", lambda **more: made.append(Child(**more)) or made[-1])
 
     class Interrupted(tools.Watcher):  # type: ignore[misc,name-defined]
         def so_far(self, report: Report) -> None:
@@ -214,12 +215,10 @@ def test_sizes_are_groups_of_their_own(local: Any, models: Models, tools: Any) -
     assert all(run.relative is None for run in report.runs)
 
 
-def test_nothing_to_bench_and_several_devices_are_usage_errors(local: Any, models: Models, tools: Any) -> None:
+def test_nothing_to_bench_and_several_candidates_where_one_is_taken_are_usage_errors(local: Any, models: Models, tools: Any) -> None:
     with pytest.raises(UsageError):
         jobs.bench(tools.job("bench"))
     one = tools.candidate(models("net"))
-    with pytest.raises(UsageError, match="device"):
-        jobs.bench(tools.job("bench", one, replace(one, device="cuda")))
     for verb in ("profile", "compile", "convert"):
         with pytest.raises(UsageError):
             getattr(jobs, verb)(tools.job(verb, one, one, output="x.onnx"))
@@ -475,10 +474,10 @@ def failing(status: Status, traceback: str = "") -> Any:
 def test_a_driver_that_takes_the_child_with_it_is_unavailable_and_a_bug_keeps_its_traceback(
     verb: str, monkeypatch: pytest.MonkeyPatch, tools: Any
 ) -> None:
-    monkeypatch.setattr(jobs, "Child", failing(Status.CRASH))
+    monkeypatch.setattr(isolate, "Child", failing(Status.CRASH))
     with pytest.raises(Unavailable, match="SIGSEGV"):
         getattr(jobs, verb)(tools.job(verb, device="cpu"))
-    monkeypatch.setattr(jobs, "Child", failing(Status.BUG, "Traceback: the child's own"))
+    monkeypatch.setattr(isolate, "Child", failing(Status.BUG, "Traceback: the child's own"))
     with pytest.raises(ChildFailed) as caught:
         getattr(jobs, verb)(tools.job(verb, device="cpu"))
     assert "the child's own" in "".join(caught.value.__notes__)
@@ -491,9 +490,9 @@ def test_a_figure_above_the_ceilings_has_them_measured_again_once(monkeypatch: p
         asked.append(job.refresh)
         return tools.fake_survey()
 
-    monkeypatch.setattr(jobs, "survey", survey)
+    monkeypatch.setattr(machines, "survey", survey)
     watcher = tools.Watcher()
-    machine = jobs.surveyed(tools.job("bench"), watcher)
+    machine = machines.surveyed(tools.job("bench"), watcher)
     machine.survey = replace(machine.survey, device=replace(machine.device, kind="cuda"))
     monkeypatch.setattr(tools, "fake_survey", lambda found=machine.survey: found)
     calls = 0

@@ -178,3 +178,11 @@ def test_expand_keeps_each_combination_once_and_shapes_together() -> None:
     assert (found[0].precision, found[0].backend.name) == (Precision.FP32, "eager")
     with pytest.raises(UsageError, match="input mode"):
         recipe.expand(models=[ModelRef(text="a")], input_modes=["disk"])
+
+
+def test_several_devices_multiply_the_candidates_and_an_empty_name_is_none() -> None:
+    found = recipe.expand(models=[ModelRef(text="m.py:net")], device="cpu, cuda:0,cuda:1,cpu")
+    assert [candidate.device for candidate in found] == ["cpu", "cuda:0", "cuda:1"]
+    for text in ("", "cpu,", ",cuda"):
+        with pytest.raises(UsageError, match="names none"):
+            recipe.expand(models=[ModelRef(text="m.py:net")], device=text)

@@ -15,6 +15,7 @@ from gpuopt.core.errors import ResourceError, Unsupported
 from gpuopt.core.result import Count, PrecisionAudit, Run, Status
 from gpuopt.core.spec import BackendSpec, Precision
 from gpuopt.pipeline import figures, isolate, jobs
+from gpuopt.pipeline import machine as machines
 from gpuopt.profiling.roofline import ImpossibleFigure
 from gpuopt.trust import packages
 
@@ -83,7 +84,7 @@ def test_a_build_for_another_machine_measures_no_ceilings_of_this_one(
         asked.append(ceilings)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(jobs, "survey", survey)
+    monkeypatch.setattr(machines, "survey", survey)
     for build_only in (True, False):
         job = replace(tools.job("compile", tools.candidate(models("net"), N=4), output=str(tmp_path / "out")), build_only=build_only)
         with pytest.raises(KeyboardInterrupt):

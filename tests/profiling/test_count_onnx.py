@@ -210,3 +210,19 @@ def test_large_weights_are_not_read_only_measured(save):
     path = save([node("MatMul", "xw")], [("x", FLOAT, ["N", 2000])], weights=[w("w", 2000, 2000)])
     assert from_onnx(path, {"N": 2}).flops == 2 * 2 * 2000 * 2000
     assert from_onnx(path, {"N": 2}).num_parameters == 2000 * 2000
+
+
+def test_rows_carry_the_modules_that_the_exporter_wrote_and_what_has_none_is_the_roots(save):
+    first, bare, last = (
+        node("MatMul", "xw", "t"),
+        node("Relu", "t", "u", name="bare"),
+        node("MatMul", "uv", "y", name="/block/block.1/MatMul"),
+    )
+    first.metadata_props.add(key="pkg.torch.onnx.name_scopes", value="['', 'block', 'block.0', 'mm']")
+    first.metadata_props.add(key="pkg.torch.onnx.class_hierarchy", value="['m.Net', 'm.Block', 'torch.nn.Linear', 'aten.mm.default']")
+    first.metadata_props.add(key="pkg.torch.onnx.stack_trace", value='File "/m/net.py", line 7, in forward')
+    path = save([first, bare, last], [("x", FLOAT, ["N", 4])], weights=[w("w", 4, 6), w("v", 6, 2)])
+    rows = from_onnx(path, {"N": 3}).records
+    assert [(r.op, r.module, r.flops) for r in rows] == [("MatMul", "block.0", 144.0), ("Relu", "", 0.0), ("MatMul", "block.1", 72.0)]
+    assert (rows[0].module_class, rows[0].line) == ("Linear", "net.py:7")
+    assert set(layer_flops(path, {"N": 3})) == {"n", "/block/block.1/MatMul"}

@@ -28,6 +28,10 @@ _SPEC = importlib.util.spec_from_file_location("chrome", Path(__file__).with_nam
 assert _SPEC is not None and _SPEC.loader is not None
 chrome = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(chrome)
+_KINETO = importlib.util.spec_from_file_location("kineto", Path(__file__).with_name("kineto.py"))
+assert _KINETO is not None and _KINETO.loader is not None
+kineto = importlib.util.module_from_spec(_KINETO)
+_KINETO.loader.exec_module(kineto)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +86,7 @@ def test_a_gpu_trace_gives_what_the_parser_of_our_own_traces_gives(tmp_path: Pat
     assert replace(found.trace, notes=()) == expected
     assert len(expected.kernels) == 6 and len(expected.copies) == 3 and expected.num_lost == 0
     assert found.device is not None and found.device.name == chrome.H100["name"] and found.device.capability == "9.0"
-    assert found.vendor == "nvidia" and found.facts["cuda_runtime_version"] == "12080" and found.num_events == len(events)
+    assert found.vendor == "nvidia" and found.facts["cuda_runtime_version"] == "12.8" and found.num_events == len(events)
 
 
 def test_without_steps_the_whole_trace_is_one_call_and_says_so(tmp_path: Path) -> None:
@@ -110,13 +114,22 @@ def test_an_amd_trace_is_read_and_named(tmp_path: Path) -> None:
     assert all(k.op is not None for k in found.trace.kernels)
 
 
+def test_an_intel_trace_is_read_and_named(tmp_path: Path) -> None:
+    events = [
+        {**e, "cat": "xpu_runtime", "name": "urEnqueueKernelLaunch"} if e.get("cat") == "cuda_runtime" else e for e in chrome.gpu_events()
+    ]
+    found = foreign.read_foreign(chrome.written(tmp_path / "t.json", chrome.document(events)))
+    assert found.vendor == "intel" and any("Intel trace" in n for n in found.trace.notes)
+    assert all(k.op is not None for k in found.trace.kernels) and {c.kind for c in found.trace.runtime} == {"launch"}
+
+
 def test_other_accelerators_are_counted_and_not_read(tmp_path: Path) -> None:
     events = [
         *chrome.gpu_events(),
-        {"ph": "X", "cat": "xpu_runtime", "name": "urEnqueueKernelLaunch", "ts": 7e12, "dur": 1, "pid": 1, "tid": 1},
+        {"ph": "X", "cat": "mtia_runtime", "name": "launch", "ts": 7e12, "dur": 1, "pid": 1, "tid": 1},
     ]
     trace = foreign.read(chrome.written(tmp_path / "t.json", chrome.document(events)))
-    assert any("not read here: 1 xpu_runtime" in n for n in trace.notes)
+    assert any("not read here: 1 mtia_runtime" in n for n in trace.notes)
 
 
 def test_steps_of_several_ranks_and_nested_ones_are_told_apart(tmp_path: Path) -> None:
@@ -170,6 +183,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "concatenated": (json.dumps(chrome.document(chrome.gpu_events(1))) * 2, "something after its end"),
     "a tail": (json.dumps(chrome.document(chrome.gpu_events(1))) + "]", "something after its end"),
     "twice": ('{"traceEvents": [], "traceEvents": []}', "key 'traceEvents' twice"),
+    "json lines": (b'{"ph": "X", "cat": "cpu_op", "name": "a", "ts": 1, "dur": 1}\n{"ph": "X"}', "one event a line"),
+    "traceEvents in traceEvents": (b'{"traceEvents": {"traceEvents": []}}', "are no list"),
+    "traceEvents below": (b'{"data": {"traceEvents": []}}', "no traceEvents (it has data)"),
+    "a byte order mark and nothing": (b"\xef\xbb\xbf", "begins with ''"),
     "single quotes": ("{'traceEvents': []}", "not valid JSON"),
     "missing comma": ('{"traceEvents": [{"ph": "X"} {"ph": "X"}]}', "',' was expected"),
     "broken event": ('{"traceEvents": [{"ph": "X"}, {"ph": X}, {"ph": "X"}' + " " * 100 + "]}", "not valid JSON"),
@@ -301,33 +318,100 @@ def test_garbage_collection_is_on_again_after_a_refusal(tmp_path: Path) -> None:
     assert gc.isenabled()
 
 
-@pytest.mark.slow
-def test_a_million_events_take_under_20_seconds_and_2_gib(tmp_path: Path) -> None:
-    path = tmp_path / "million.json"
-    step = chrome.gpu_events(1)[1:]
-    with path.open("w") as file:
-        file.write('{"schemaVersion": 1, "traceEvents": [')
-        for number in range(1_000_000 // len(step) + 1):
-            for at, event in enumerate(step):
-                moved = {**event, "ts": event["ts"] + number * 1000.0}
-                if str(event["name"]).startswith("ProfilerStep"):
-                    moved["name"] = f"ProfilerStep#{number}"
-                if "args" in event:
-                    moved["args"] = {k: v + number * 10 if k in ("correlation", "External id") else v for k, v in event["args"].items()}
-                file.write(("," if number or at else "") + json.dumps(moved))
-        file.write("]}")
+def _cost(path: Path) -> tuple[float, float, float]:
+    """(events, CPU seconds, GiB at the peak) of the whole explanation, in a process of its own."""
     script = textwrap.dedent(
         """
         import resource, sys, time
         from pathlib import Path
-        from gpuopt.profiling import foreign
+        from gpuopt.pipeline import elsewhere
         began = time.process_time()
-        found = foreign.read_foreign(Path(sys.argv[1]))
-        print(found.num_events, time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        report = elsewhere.explain(Path(sys.argv[1]))
+        print(report.tables["trace"]["events"], time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         """
     )
     out = subprocess.run(
         [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    num_events, seconds, peak_kib = (float(word) for word in out.stdout.split())
-    assert num_events >= 1_000_000 and seconds < 20 and peak_kib < 2 * 2**20
+    num_events, seconds, peak_gib = (float(word) for word in out.stdout.split())
+    return num_events, seconds, peak_gib
+
+
+@pytest.mark.slow
+def test_a_million_events_are_explained_in_under_20_seconds_and_1_gib(tmp_path: Path) -> None:
+    num_events, seconds, peak_gib = _cost(kineto.write(tmp_path / "million.json", 1_000_000))
+    assert num_events >= 1_000_000 and seconds < 20 and peak_gib < 1.0
+
+
+def test_50_000_events_cost_no_more_than_their_share_of_it(tmp_path: Path) -> None:
+    """CPU time. A busy machine stretches it too, so it may be three times the share, beside what any trace costs: rules are imported."""
+    num_events, seconds, peak_gib = _cost(kineto.write(tmp_path / "t.json", 50_000))
+    assert num_events >= 50_000 and seconds < 3 * 20 * 50_000 / 1_000_000 + 4 and peak_gib < 0.6
+
+
+def test_the_generated_trace_is_what_it_says(tmp_path: Path) -> None:
+    path = kineto.write(tmp_path / "t.json", 10_000)
+    num_events = len(json.loads(path.read_text())["traceEvents"])
+    found = foreign.read_foreign(path)
+    assert found.num_events == num_events >= 10_000
+    assert all(k.op is not None and k.step is not None for k in found.trace.kernels)
+    assert {found.trace.ops[k.op].name for k in found.trace.kernels if k.op is not None} >= {"aten::addmm", "aten::add"}
+
+
+def test_a_few_impossible_events_are_left_out_and_told_and_many_are_refused(tmp_path: Path) -> None:
+    events = chrome.gpu_events(100)
+    bad = {"ph": "X", "cat": "kernel", "name": "broken", "pid": 0, "tid": 7, "ts": 7.0e12, "dur": -3.0, "args": {"correlation": 9999}}
+    trace = foreign.read(chrome.written(tmp_path / "t.json", chrome.document([*events, bad])))
+    assert len(trace.kernels) == 200 and any("1 events were left out" in n and "broken" in n for n in trace.notes)
+    with pytest.raises(BadInput, match=r"broken.*; 5 of"):
+        foreign.read(chrome.written(tmp_path / "t.json", chrome.document([*events, *[bad] * 5])))
+
+
+def test_shapes_that_are_none_are_no_shapes(tmp_path: Path) -> None:
+    for dims in ([["a", 2]], [[1e999, 2]], [[-1, 2]], [[10**30, 2]], [[2**40, 2**40]], "x", 5, [[[1], "a"]], [[True, 2]]):
+        events = [{**e, "args": {**e["args"], "Input Dims": dims}} if e.get("name") == "aten::mm" else e for e in chrome.gpu_events(1)]
+        text = json.dumps(chrome.document(events)).replace("Infinity", "1e999")
+        assert all(op.shapes == () for op in foreign.read(chrome.written(tmp_path / "t.json", text)).ops)
+
+
+def test_a_file_whose_events_stand_twice_is_read_once(tmp_path: Path) -> None:
+    events = chrome.gpu_events()
+    once = foreign.read(chrome.written(tmp_path / "o.json", chrome.document(events)))
+    twice = foreign.read(chrome.written(tmp_path / "t.json", chrome.document([*events, *events])))
+    assert (twice.ops, twice.kernels, twice.runtime, twice.steps) == (once.ops, once.kernels, once.runtime, once.steps)
+    assert any("stand in the file twice" in n for n in twice.notes) and not any("twice" in n for n in once.notes)
+
+
+def test_of_two_ranks_in_one_file_one_is_explained(tmp_path: Path) -> None:
+    """Both count correlations and devices from the same numbers, and the second runs half a step later."""
+    mine = chrome.gpu_events()
+    other = [
+        {**e, "pid": 2 if e.get("pid") == 1 else 0, "ts": e["ts"] + 480, "name": f"{e['name']}"} for e in chrome.gpu_events(2) if "ts" in e
+    ]
+    alone = foreign.read(chrome.written(tmp_path / "a.json", chrome.document(mine)))
+    both = foreign.read(chrome.written(tmp_path / "b.json", chrome.document([*mine, *other])))
+    assert (both.ops, both.kernels, both.copies, both.steps) == (alone.ops, alone.kernels, alone.copies, alone.steps)
+    assert any("process 1 is explained, 6 device events of the others are left out" in n for n in both.notes)
+
+
+def test_repeating_ranges_of_the_users_are_its_calls(tmp_path: Path) -> None:
+    events = [
+        {**e, "name": "serve"} if str(e["name"]).startswith("ProfilerStep") else e
+        for e in chrome.gpu_events()
+        if e.get("cat") != "gpu_user_annotation"
+    ]
+    inner = [{**e, "name": "attention", "ts": e["ts"] + 10, "dur": 30.0} for e in events if e["name"] == "serve"]
+    trace = foreign.read(chrome.written(tmp_path / "t.json", chrome.document([*events, *inner])))
+    assert [step.dur_ns for step in trace.steps][:2] == [1_000_000] * 2 and len(trace.steps) == 3
+    assert all(k.step is not None for k in trace.kernels)
+    assert any("the 3 ranges 'serve' are taken as its calls" in n for n in trace.notes)
+    trace = foreign.read(chrome.written(tmp_path / "i.json", chrome.document([e for e in [*events, *inner] if e["name"] != "serve"])))
+    assert len(trace.steps) == 1 and any("explained as one call" in n for n in trace.notes)
+
+
+def test_stacks_name_the_users_lines(real: Path) -> None:
+    trace = foreign.read(real)
+    lines = {op.line for op in trace.ops if op.step is not None}
+    assert any(line.startswith("test_foreign.py:") or "test_foreign.py:" in line for line in lines)
+    assert not any("torch/nn" in line or "gpuopt/" in line for line in lines)
+    assert any("the calling function begins" in n for n in trace.notes)

@@ -163,3 +163,43 @@ def test_no_flops_is_no_figure_and_no_time_is_an_error(h200):
     assert whole(a_count({}), 1.0, h200).tflops is None
     with pytest.raises(ImpossibleFigure, match="clock"):
         whole(a_count({"float16": 1.0}), 0.0, h200)
+
+
+def winograd(factor, *kernels, shapes="64x256x14x14, 256x256x3x3"):
+    """A 3x3 fp32 convolution `factor` times as fast as the peak of 51 TFLOP/s allows a direct one."""
+    return OpRecord(
+        op="aten.conv2d",
+        module="conv",
+        dtype="float32",
+        count=1,
+        time_ns=1e6,
+        flops=factor * 51e9,
+        bytes=1.0,
+        kernels=kernels,
+        shapes=shapes,
+    )
+
+
+def test_a_winograd_convolution_may_beat_the_peak_and_says_why_and_a_direct_one_may_not(h200):
+    (point,) = points([winograd(1.3, "winograd_nonfused::winogradForwardData4x4", "sgemm_128x64_nn")], h200, cache_bytes=None)
+    assert "Winograd" in point.note and point.pct_of_ceiling > 100
+    with pytest.raises(ImpossibleFigure):
+        points([winograd(1.4, "implicit_convolve_sgemm")], h200, cache_bytes=None)
+    with pytest.raises(ImpossibleFigure):  # no tile saves more than three of four multiplications
+        points([winograd(6.0, "winograd_fwd")], h200, cache_bytes=None)
+
+
+def test_a_forward_of_3x3_convolutions_may_beat_the_fp32_peak_and_one_of_1x1_may_not(h200):
+    rows = [winograd(1.0)]
+    found = whole(a_count({"float32": 66e12}, [OpRecord(**{**_fields(rows[0]), "flops": 66e12})]), 1.0, h200)
+    assert found.pct_of_measured > 100 and "Winograd" in found.ceiling_note
+    flat = OpRecord(**{**_fields(rows[0]), "flops": 66e12, "shapes": "64x256x14x14, 256x256x1x1"})
+    with pytest.raises(ImpossibleFigure):
+        whole(a_count({"float32": 66e12}, [flat]), 1.0, h200)
+    half = OpRecord(**{**_fields(rows[0]), "flops": 900e12, "dtype": "float16"})
+    with pytest.raises(ImpossibleFigure):  # tensor cores multiply directly
+        whole(a_count({"float16": 900e12}, [half]), 1.0, h200)
+
+
+def _fields(record):
+    return {name: getattr(record, name) for name in record.__dataclass_fields__}

@@ -81,3 +81,40 @@ def test_module_ranges_hold_qualified_names_and_classes(model):
     assert ("encoder.layer.1.attention.self.query", "Linear") in names
     assert ("", "BertModel") in names
     assert all(op.module is not None for op in traced.ops if op.step is not None and op.name == "aten::addmm")
+
+
+def both(model, call):
+    light = trace._run(call, "cpu", steps=2, warmup=1, with_modules=None, with_shapes=False)
+    full = trace._run(call, "cpu", steps=2, warmup=1, with_modules=model, with_shapes=True)
+    return light, full
+
+
+def test_a_light_run_takes_over_the_modules_and_shapes_of_a_full_one_and_keeps_its_own_times(model):
+    ids = torch.randint(0, 100, (2, 16))
+    with torch.inference_mode():
+        light, full = both(model, lambda: model(ids))
+    assert not any(op.module for op in light.ops) and not any(op.shapes for op in light.ops)
+    found = trace.grafted(light, full)
+    assert [(op.name, op.start_ns, op.dur_ns, op.self_ns) for op in found.ops] == [
+        (op.name, op.start_ns, op.dur_ns, op.self_ns) for op in light.ops
+    ]
+    assert found.steps == light.steps and found.notes == light.notes
+    by_step = lambda t: [(op.name, op.module, op.shapes) for op in t.ops if op.step is not None]  # noqa: E731
+    assert by_step(found) == by_step(full)
+    query = [op for op in found.ops if op.module == "encoder.layer.1.attention.self.query" and op.name == "aten::addmm"]
+    assert len(query) == 2 and query[0].shapes[1] == (32, 64)
+
+
+def test_runs_that_dispatch_other_ops_are_not_joined(model):
+    ids = torch.randint(0, 100, (2, 16))
+    calls = []
+
+    def call():
+        calls.append(1)
+        out = model(ids).last_hidden_state
+        return out.relu() if len(calls) > 4 else out.tanh()  # the full run meets another op
+
+    with torch.inference_mode():
+        light, full = both(model, call)
+    found = trace.grafted(light, full)
+    assert found.ops == full.ops and "did not dispatch the same ops" in found.notes[-1]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gpuopt.core import codec
 from gpuopt.core.result import Report, Run, Stats, Status
-from gpuopt.reports import diff
+from gpuopt.reports import diff, pairs
 
 REPORT = codec.read_json(Report, Path(__file__).parents[1] / "golden" / "reports" / "bench.json")
 RUN = REPORT.runs[0]
@@ -145,7 +145,7 @@ def test_gates_fail_on_slower_broken_and_inconclusive_and_on_nothing_to_compare(
 
 def test_the_report_of_a_comparison_names_what_moved_in_the_environment() -> None:
     after = of(RUN, environment=replace(REPORT.environment, packages={**REPORT.environment.packages, "torch": "9.9"}))
-    found = diff.report(of(RUN), after, command="gpuopt compare a b")
+    found = pairs.compared(of(RUN), after, command="gpuopt compare a b")
     assert [x.message for x in found.findings] == ["torch changed: 2.11.0+cu130 -> 9.9"]
     assert found.verb == "compare"
     assert codec.from_json(Report, codec.to_json(found)) == found

@@ -116,15 +116,21 @@ def test_a_missing_figure_is_a_dash_never_none_or_nan(sample: tuple[str, Report]
 
 def test_order_depth_and_top_are_a_choice_of_the_view() -> None:
     report = codec.read_json(Report, GOLDEN / "profile.json")
-    by_bytes = console.text(report, View(by="bytes", top=1, depth=1))
+    by_bytes = console.text(report, View(sort="bytes", top=1, depth=1))
     assert "Ops by bytes" in by_bytes
     assert "aten.batch_norm" in by_bytes
-    assert "aten.convolution ×23" not in by_bytes
+    assert "aten.convolution" not in by_bytes
     assert "├─ 0" not in by_bytes
     assert "--depth 2 shows more" in by_bytes
-    assert console.text(report, View(by="gap")).index("aten.convolution") < console.text(report, View(by="gap")).index("aten.batch_norm")
-    with pytest.raises(UsageError, match="ordered by 'name'"):
+    by_gap = console.text(report, View(sort="gap"))
+    assert by_gap.index("aten.convolution") < by_gap.index("aten.batch_norm")
+    with pytest.raises(UsageError, match="told by 'name'"):
         View(by="name")
+    with pytest.raises(UsageError, match="sorted by 'name'"):
+        View(sort="name")
+    with pytest.raises(UsageError) as raised:  # what --by meant before --sort was there
+        View(by="gap")
+    assert raised.value.fix == "--sort gap"
 
 
 def test_a_figure_names_its_ceiling_and_where_that_came_from() -> None:

@@ -71,6 +71,22 @@ def test_root_calls_are_counted_with_their_inputs_line_and_name() -> None:
     assert seen.num_nested == 6 and 0 < seen.script.overhead_s < seen.script.wall_s
 
 
+def test_calls_in_eval_mode_that_record_gradients_are_counted_and_those_of_training_are_not() -> None:
+    model, frozen, x = Net().eval(), Net().eval().requires_grad_(False), torch.randn(3, 8)
+    with record() as seen:
+        for _ in range(3):
+            model(x)
+        with torch.no_grad():
+            model(x)
+        with torch.inference_mode():
+            model(x)
+        model.train()
+        model(x)
+        frozen(x)
+    counts = {m.name: (m.num_grad_calls, m.num_calls) for m in seen.script.modules}
+    assert counts == {"model": (3, 6), "frozen": (0, 1)}
+
+
 def test_results_are_the_same_bits_and_gradients_flow() -> None:
     model, x = Net(), torch.randn(3, 8)
     plain = model(x)

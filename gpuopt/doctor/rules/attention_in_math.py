@@ -97,7 +97,26 @@ def _compiled(evidence: Evidence) -> list[Kernel]:
         for k in ran
         if k.name.startswith("triton_") and "scaled_dot_product" in k.name and kernels.kind(k.name) not in ("softmax", "product")
     ]
-    return products + softmax + around
+    return products + softmax + around + _between(ran, products)
+
+
+def _between(ran: list[Kernel], products: list[Kernel]) -> list[Kernel]:
+    """torch's own passes over the scores, from the product that makes them to the one that uses them: a replay names no op, their order alone tells. Inductor's are named."""
+    found: list[Kernel] = []
+    inside: list[Kernel] = []
+    ends = {id(k) for k in products}
+    is_open = False
+    for kernel in sorted(ran, key=lambda k: k.start_ns):
+        if id(kernel) in ends:
+            if is_open and any(kernels.kind(k.name) == "softmax" for k in inside):
+                found += [k for k in inside if "at::native::" in k.name and kernels.kind(k.name) not in ("softmax", "product")]
+                is_open = False
+            else:
+                is_open = True
+            inside = []
+        elif is_open:
+            inside.append(kernel)
+    return found
 
 
 def _fused_dtype(evidence: Evidence) -> str | None:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from gpuopt.core import kernels
 from gpuopt.core.result import Finding, OpRecord
-from gpuopt.core.spec import Change
+from gpuopt.core.spec import BackendSpec, Change
 from gpuopt.doctor import modules, recast, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
 
-PASS_SHARE = 0.95
-"""Share of the copy bandwidth an in-place add over large tensors reaches: `aten.add_` of ResNet-101 (recipes/profile/resnet101-h200.json)."""
+FUSED_REACHED = 0.9
+"""Share of the copy bandwidth one pass over an activation reaches: `aten.relu` of ResNet-101 (recipes/profile/resnet101-h200.json)."""
 _FOLDS_ITSELF = ("ort", "trt", "torch-trt")
 """Backends whose own graph passes fold."""
 
 
 def find(evidence: Evidence) -> Iterator[Finding]:
-    """One finding for all pairs, priced as the time the batch norms take."""
+    """One finding for all pairs, priced as the time the batch norms take; on a GPU as what one fused pass saves of them and of the activations behind them."""
     if "fold_batch_norm" in evidence.transforms or evidence.backend in _FOLDS_ITSELF or "freezing" in (evidence.preset or ""):
         return
     pairs = modules.norm_pairs(evidence.module)
@@ -30,6 +31,11 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     norms = {norm for _, norm in pairs}
     rows = [r for r in evidence.records if r.module in norms and r.time_ns]
     taken = recast.total_ms(rows)
+    # Folding gives the convolution a bias. On a CPU, oneDNN adds it inside the convolution; on a GPU, eager PyTorch adds it in a pass that takes longer than the batch norm took,
+    # and only a compiler makes one pass of it and what follows.
+    is_passed_on = evidence.on_gpu and any(parts[at].bias is None and not modules.is_a(parts[at], "Linear") for at, _ in pairs)
+    compiled = is_passed_on and evidence.backend in modules.EAGER
+    followers = _followers(evidence, rows) if is_passed_on else []
     layer, norm = pairs[0]
     finding = Finding(
         code="",
@@ -37,25 +43,47 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         severity="warning" if evidence.backend in modules.EAGER else "info",
         message=f"{words.number(len(pairs), 'batch norm follows a layer', 'batch norms follow layers')} that could hold {'its' if len(pairs) == 1 else 'their'} scale and shift ({layer} -> {norm}{', …' if len(pairs) > 1 else ''})"
         + (f": {words.ms(taken)}" if rows else ""),
-        fix="torch.nn.utils.fusion.fuse_conv_bn_eval on each pair, --fold-bn, or torch.compile with freezing",
+        fix="torch.compile with freezing (--backend inductor:freezing) folds them and makes one pass of what follows; folded by hand, eager adds each bias in a pass of its own"
+        if is_passed_on
+        else "torch.nn.utils.fusion.fuse_conv_bn_eval on each pair, --fold-bn, or torch.compile with freezing",
         module=norm,
         line=modules.line(evidence.module, norm),
         op=rows[0].op if rows else None,
         count=len(pairs),
-        time_ms=taken if rows else None,
-        change=Change(fold_batch_norm=True),
+        time_ms=taken + recast.total_ms(followers) if rows else None,
+        change=Change(backend=BackendSpec(name="inductor", preset="freezing"))
+        if compiled
+        else None
+        if is_passed_on
+        else Change(fold_batch_norm=True),
     )
-    # Folding gives the convolution a bias, and eager PyTorch on a GPU adds it in a pass of its own; on a CPU, oneDNN adds it inside the convolution.
-    new_bias = {norm for layer, norm in pairs if evidence.on_gpu and parts[layer].bias is None and not modules.is_a(parts[layer], "Linear")}
-    left = sum(_pass_ms(evidence, r) for r in rows if r.module in new_bias)
-    yield priced(finding, recast.shown_ms(evidence, taken - left), wall_ms=evidence.wall_ms)
+    if is_passed_on:
+        yield priced(finding, recast.shown_ms(evidence, _fused_ms(evidence, rows, followers)), low=0.7, high=1.25, wall_ms=evidence.wall_ms)
+        return
+    yield priced(finding, recast.shown_ms(evidence, taken), wall_ms=evidence.wall_ms)
 
 
-def _pass_ms(evidence: Evidence, record: OpRecord) -> float:
-    """Reading and writing what this batch norm reads and writes, near the memory's ceiling; all of its time where no ceiling is known."""
-    floor = recast.floor_ns(record, evidence.device.ceilings, record.dtype) if evidence.device is not None else None
-    taken = record.time_ns or 0.0
-    return min(taken, floor / PASS_SHARE if floor else taken) / 1e6
+def _followers(evidence: Evidence, rows: list[OpRecord]) -> list[OpRecord]:
+    """Element-wise ops over tensors of the batch norms' shapes: activations and residual sums, which a compiler makes one pass with the scale and shift."""
+    shapes = {r.shapes.split(", ")[0] for r in rows}
+    return [
+        r for r in evidence.records
+        if r.time_ns and r.kernels and r not in rows and r.shapes.split(", ")[0] in shapes and {kernels.kind(k) for k in r.kernels} <= {"pointwise", "cast"}
+    ]  # fmt: skip
+
+
+def _fused_ms(evidence: Evidence, rows: list[OpRecord], followers: list[OpRecord]) -> float:
+    """What they take, less one pass over each batch norm's tensor and one more read for each second operand."""
+    if evidence.device is None or not rows:
+        return 0.0
+    ceilings, left = evidence.device.ceilings, 0.0
+    for record in rows:
+        left += min(record.time_ns or 0.0, (recast.floor_ns(record, ceilings, record.dtype) or record.time_ns or 0.0) / FUSED_REACHED)
+    for record in followers:
+        operands = [s for s in record.shapes.split(", ") if s == record.shapes.split(", ")[0]]
+        extra = (len(operands) - 1) / (len(operands) + 1)  # of what it reads and writes now
+        left += (recast.floor_ns(record, ceilings, record.dtype) or 0.0) * extra / FUSED_REACHED
+    return recast.total_ms([*rows, *followers]) - left / 1e6
 
 
 def _is_flat(record: OpRecord | None) -> bool:
@@ -73,6 +101,6 @@ RULE = Rule(
     safe=True,
     needs=frozenset({"module"}),
     find=find,
-    source="torch.nn.utils.fusion.fuse_conv_bn_weights; time of the batch norms, on a GPU less that of the biases they leave",
+    source="torch.nn.utils.fusion.fuse_conv_bn_weights; time of the batch norms, on a GPU that of the passes a compiler makes one of",
     has_change=True,
 )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from gpuopt.core import kernels
 from gpuopt.core.result import Finding
-from gpuopt.core.spec import Change, Precision
+from gpuopt.core.spec import DTYPE_BYTES, Change, Precision
 from gpuopt.core.trace import CpuOp, Kernel, Trace
-from gpuopt.doctor import modules, timeline, words
+from gpuopt.doctor import modules, recast, timeline, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
-from gpuopt.doctor.recast import shown_ms
 from gpuopt.doctor.rule import Rule
 
 CASTS = frozenset(
@@ -19,6 +19,9 @@ CASTS = frozenset(
 )
 MIN_SHARE = 0.03
 """Of the call: a few casts around a norm kept in fp32 are meant."""
+PASSES = frozenset({"pointwise", "norm", "softmax", "reduction", "batch norm", "pool"})
+MAX_GAP_MS = 0.003
+"""Between kernels that are queued already: a longer gap is the host's, which has a rule of its own."""
 MIN_WEIGHTS = 4
 """So many casts of tensors with parameters' shapes: one may be an activation that happens to have such a shape."""
 
@@ -44,19 +47,25 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         (weights if is_weight else others).append(kernel)
     if len(weights) < MIN_WEIGHTS * steps:
         weights, others = [], weights + others
-    for group, is_weight in ((weights, True), (others, False)):
+    # Weights cast once is a model in that dtype: the casts between its layers go with them, and the passes autocast keeps in fp32 read and write half as much.
+    groups = ((weights + others, True),) if weights else ((others, False),)
+    usual_ms = timeline.usual_gap_ns(trace) / 1e6
+    for group, is_weight in groups:
         time_ms = sum(k.dur_ns for k in group) / steps / 1e6
         if not group or not time_ms or time_ms < MIN_SHARE * span_ms:
             continue
         target = _target(group)
         share = words.share(time_ms / span_ms)
+        saved_ms = time_ms + len(group) / steps * min(usual_ms, MAX_GAP_MS)
+        if is_weight and target is not None:
+            saved_ms += saved_in_passes(evidence, target)
         where = list(dict.fromkeys(m for k in group if (m := timeline.module_of(trace, k.op))))
         finding = Finding(
             code="",
             severity="info",
-            message=f"{words.number(len(group) / steps, 'weight' if is_weight else 'tensor')} a call are cast{f' to {target.dtype}' if target else ''}: {words.ms(time_ms)}, {share} of the call"
+            message=f"{words.digits(len(weights) / steps) + ' weights among ' if is_weight else ''}{words.number(len(group) / steps, 'tensor')} a call are cast{f' to {target.dtype}' if target else ''}: {words.ms(time_ms)}, {share} of the call"
             + (f", in {words.listed(where)}" if where else ""),
-            fix=f"cast the weights once instead of autocast: model.{'bfloat16' if target == Precision.BF16 else 'half'}()"
+            fix=f"cast the model once instead of autocast: model.{'bfloat16' if target == Precision.BF16 else 'half'}(), floating inputs likewise"
             if is_weight
             else "keep one dtype from layer to layer: make the inputs, masks and buffers in the dtype of the weights, and torch.compile what must change",
             module=where[0] if len(where) == 1 else None,
@@ -65,9 +74,20 @@ def find(evidence: Evidence) -> Iterator[Finding]:
             time_ms=time_ms,
             change=Change(precision=target) if is_weight and target is not None and evidence.precision is None else None,
         )
-        yield priced(
-            finding, shown_ms(evidence, time_ms), low=0.7 if is_weight else 0.5, high=1.05 if is_weight else 1.0, wall_ms=evidence.wall_ms
-        )
+        if is_weight:
+            finding = replace(finding, time_ms=max(time_ms, saved_ms))
+            yield priced(finding, recast.shown_ms(evidence, saved_ms, gone=len(group) / steps), low=0.8, wall_ms=evidence.wall_ms)
+        else:
+            yield priced(finding, recast.shown_ms(evidence, saved_ms, gone=len(group) / steps), low=0.5, high=1.0, wall_ms=evidence.wall_ms)
+
+
+def saved_in_passes(evidence: Evidence, target: Precision) -> float:
+    """Milliseconds the fp32 passes that are no casts would take less at the width of `target`, their bytes being what they wait for."""
+    rows = [
+        r for r in evidence.records
+        if r.dtype == "float32" and r.time_ns and not r.flops and r.kernels and {kernels.kind(k) for k in r.kernels} <= PASSES
+    ]  # fmt: skip
+    return recast.total_ms(rows) * (1 - DTYPE_BYTES[target.dtype] / DTYPE_BYTES["float32"])
 
 
 def _cast(trace: Trace, op: int | None) -> CpuOp | None:

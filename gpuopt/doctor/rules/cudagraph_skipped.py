@@ -14,9 +14,15 @@ from gpuopt.doctor.rule import Rule
 
 REMEDIES = (
     (("mutat",), "do not write into inputs: return the new value, or make the tensor a registered buffer of the module"),
-    (("cpu device", "cpu tensor", "on cpu", "cpu scalar"), "keep every tensor of forward() on the GPU: the CPU one is named in the reason"),
+    (
+        ("cpu device", "cpu tensor", "on cpu", "cpu scalar", "cpu ops", "devicecopy"),
+        "keep every tensor of forward() on the GPU: the CPU one is named in the reason",
+    ),
     (("multiple device", "multiple devices"), "one GPU a graph: move everything to one device, or compile the parts apart"),
-    (("dynamic shape", "symbolic", "unbacked"), "compile with fixed shapes, one graph a size: pad inputs to a few sizes"),
+    (
+        ("dynamic shape", "symbolic", "unbacked", "conditional ops"),
+        "compile with fixed shapes, one graph a size: pad inputs to a few sizes",
+    ),
     (
         ("incompatible op", "incompatible ops", "unsafe custom op"),
         "replace the op that the reason names: it waits for the host, or allocates",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import bisect
+from collections.abc import Callable, Iterator
 
 from gpuopt.core import units
 from gpuopt.core.result import Finding
@@ -19,10 +20,9 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     """A finding for each module that copies more than a value to the host with kernels of the same call still to come: the copy, the idle time after it and the way back."""
     trace = evidence.trace
     assert trace is not None
-    steps, stretch = timeline.num_steps(trace), timeline.stretch(evidence)
+    steps = timeline.num_steps(trace)
     last = {k.step: k.start_ns for k in trace.kernels if k.step is not None}
-    idle = {call.correlation: ns for call, ns in timeline.waits(trace) if call.correlation is not None}
-    after = _idle_after(evidence)
+    lost_ns = _lost_ns(evidence)
     taken: dict[tuple[str | None, str], list[Copy]] = {}
     for copy in trace.copies:
         is_early = copy.step in last and copy.start_ns + copy.dur_ns <= last[copy.step]
@@ -47,14 +47,11 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     for (module, op), copies in taken.items():
         time_ns = 0.0
         for copy in copies:
-            gap = max(idle.get(copy.correlation, 0.0), after.get(copy.correlation, 0.0)) if copy.correlation is not None else 0.0
-            time_ns += copy.dur_ns + gap * stretch
             ways = back.get((copy.step, copy.bytes), [])
             while ways and ways[-1].start_ns <= copy.start_ns:
                 ways.pop()
-            if ways:
-                returned += 1
-                time_ns += ways.pop().dur_ns
+            returned += bool(ways)
+            time_ns += lost_ns(copy, ways.pop() if ways else copy)
         places.append(
             Place(
                 module=module, op=op, count=len(copies) / steps, time_ms=time_ns / steps / 1e6, saved_ms=time_ns / steps / 1e6,
@@ -76,20 +73,38 @@ def find(evidence: Evidence) -> Iterator[Finding]:
             bytes=place.bytes,
             time_ms=place.time_ms,
         )
-        return priced(finding, place.saved_ms, low=0.6, high=1.05, wall_ms=evidence.wall_ms)
+        return priced(finding, place.saved_ms, low=0.75, wall_ms=evidence.wall_ms)
 
     yield from spread(places, say)
 
 
-def _idle_after(evidence: Evidence) -> dict[int, float]:
-    """Correlation of a copy to the host -> idle ns of the device between it and the next work, less a usual gap."""
+def _lost_ns(evidence: Evidence) -> Callable[[Copy, Copy], float]:
+    """(copy to the host, the copy back or the same) -> ns from the end of the kernel before to the start of the kernel after, in which no kernel runs.
+
+    Transfers and the host's part of them count in full, the rest as far as the untraced wall has room for it, less what a launch costs anyway.
+    """
     trace = evidence.trace
     assert trace is not None
-    usual = timeline.usual_gap_ns(trace)
-    ends = {c.start_ns + c.dur_ns: c.correlation for c in trace.copies if c.kind == "d2h" and c.correlation is not None}
-    return {
-        correlation: max(0.0, gap.dur_ns - usual) for gap in timeline.gaps(trace) if (correlation := ends.get(gap.start_ns)) is not None
-    }
+    kernels = timeline.merged(k for k in trace.kernels if k.step is not None)
+    links = timeline.merged(c for c in trace.copies if c.step is not None and c.kind in ("h2d", "d2h"))
+    numbers = {c.correlation for c in trace.copies if c.kind in ("h2d", "d2h") and c.correlation is not None}
+    calls = timeline.merged(r for r in trace.runtime if r.correlation in numbers)
+    starts, ends = [k[0] for k in kernels], [k[1] for k in kernels]
+    usual, stretch = timeline.usual_gap_ns(trace), timeline.wait_stretch(evidence)
+
+    def lost(out: Copy, back: Copy) -> float:
+        before = bisect.bisect_right(ends, out.start_ns) - 1
+        after = bisect.bisect_left(starts, back.start_ns + back.dur_ns)
+        begin = ends[before] if before >= 0 else out.start_ns
+        end = starts[after] if after < len(starts) else back.start_ns + back.dur_ns
+        free = end - begin - timeline.overlap_ns(kernels, begin, end)
+        moving = timeline.overlap_ns(links, begin, end)
+        held = timeline.overlap_ns(calls, begin, end)
+        # A copy's call waits for the kernels before it: what of it lies here is its own. The transfer runs within it, or after it.
+        copying = min(free, max(moving, held))
+        return copying + max(0.0, free - copying - usual) * stretch
+
+    return lost
 
 
 RULE = Rule(

@@ -6,47 +6,38 @@ import re
 from collections.abc import Iterator
 
 from gpuopt.core.result import Finding
-from gpuopt.doctor import failure, frames
+from gpuopt.doctor import failure, frames, mismatch
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.rule import Rule
 
 
 def find(evidence: Evidence) -> Iterator[Finding]:
     """One finding: the module, the tensors that lie elsewhere than the model's parameters, and how each gets there."""
-    error = evidence.failure
-    if error is None or failure.kind(error) != "device":
-        return
-    failed = failure.locate(evidence.module, evidence.inputs, error)
-    if failed is None:
-        yield Finding(
-            code="",
-            severity="error",
-            message=f"forward() raised: {failure.first_line(error)}",
-            fix="bring the model and every input to one device: model.to('cuda'), x.to('cuda')",
-        )
-        return
-    home = failed.usual("device") or (evidence.device.id if evidence.device is not None else "cuda:0")
+    default = evidence.device.id if evidence.device is not None else "cuda:0"
+    return mismatch.finding(
+        evidence,
+        "device",
+        lambda failed, error: _judged(failed, error, default),
+        otherwise="bring the model and every input to one device: model.to('cuda'), x.to('cuda')",
+    )
+
+
+def _judged(failed: failure.Failed, error: BaseException, default: str) -> mismatch.Verdict:
+    home = failed.usual("device") or default
 
     def is_stray(tensor: failure.Seen) -> bool:
         # A tensor of one number may stay on the CPU: torch allows it.
         return tensor.device != home and not (tensor.device == "cpu" and bool(tensor.dtype) and not tensor.shape)
 
-    strays = list(dict.fromkeys(t.cause(is_stray) for t in failed.tensors if is_stray(t)))
+    strays = mismatch.causes(failed, is_stray)
     if not strays:  # what the frames hold is not what was compared: the exception alone knows the devices
         home = next(iter(re.findall(r"cuda:\d+", str(error))), home)
-    shown = "; ".join(t.text for t in strays[:3]) or failure.first_line(error)
-    yield Finding(
-        code="",
-        severity="error",
-        message=f"{failed.where} meets tensors on different devices: {failed.most} on {home}, but {shown} {'is' if len(strays) == 1 else 'are'} not"
-        if strays
-        else f"{failed.where} meets tensors on different devices: {shown}",
-        fix="; ".join(dict.fromkeys(_fix(t, home, failed) for t in strays[:3]))
-        or f"bring every tensor of {failed.code or 'that line'} to {home}",
-        module=failed.module_name,
-        line=failed.line,
-        op=failed.code or None,
-        count=len(strays) or None,
+    shown = mismatch.named(strays, error)
+    others = f"{failed.most} on {home}, but {shown} {'is' if len(strays) == 1 else 'are'} not" if strays else shown
+    return mismatch.Verdict(
+        message=f"{failed.where} meets tensors on different devices: {others}",
+        fix=mismatch.each(strays, lambda t: _fix(t, home, failed)) or f"bring every tensor of {failed.code or 'that line'} to {home}",
+        num_tensors=len(strays),
     )
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from gpuopt.core.result import Finding
-from gpuopt.doctor import failure, frames
+from gpuopt.doctor import failure, frames, mismatch
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.rule import Rule
 
@@ -16,59 +16,37 @@ _NO_KERNEL = re.compile(r"\"?(?P<op>[\w:]+)\"? not implemented for '(?P<dtype>\w
 
 def find(evidence: Evidence) -> Iterator[Finding]:
     """One finding: the module, the tensors of another dtype than the model's parameters, and where to cast them."""
-    error = evidence.failure
-    if error is None or failure.kind(error) != "dtype":
-        return
-    failed = failure.locate(evidence.module, evidence.inputs, error)
-    if failed is None:
-        yield Finding(
-            code="",
-            severity="error",
-            message=f"forward() raised: {failure.first_line(error)}",
-            fix="give the model and its floating inputs one dtype: model.half() with x.half(), or --precision fp16, which casts both",
-        )
-        return
-    home = failed.usual("dtype", floats=True) or "float32"
-    missing, wants_integers = _NO_KERNEL.search(str(error)), _WANTS_INTEGERS.search(str(error)) is not None
-    odd = [t for t in failed.tensors if t.dtype.startswith(("float", "bfloat"))]
-    if wants_integers:
-        odd = [t for t in odd if t.kind != "parameter"]
-    elif missing is None:
-
-        def is_odd(tensor: failure.Seen) -> bool:
-            return tensor.dtype.startswith(("float", "bfloat")) and tensor.dtype != home
-
-        odd = list(dict.fromkeys(t.cause(is_odd) for t in odd if is_odd(t)))
-    shown = "; ".join(t.text for t in odd[:3]) or failure.first_line(error)
-    if missing is not None:
-        message = (
-            f"{failed.where}: {missing['op']} has no kernel for {missing['dtype']} on {failed.usual('device') or 'this device'}: {shown}"
-        )
-        fix = f"keep {failed.module_name or 'this module'} in float32 (--keep-fp32), or run on the GPU, or in bfloat16"
-    elif wants_integers:
-        message = f"{failed.where} takes whole numbers, and gets {shown}"
-        fix = "; ".join(
-            f"{t.name}.long()" + (" before the call" if t.kind == "input" else f" at {t.made_at}" if t.made_at else "") for t in odd[:3]
-        )
-        fix = fix or "pass integers: .long()"
-    else:
-        message = f"{failed.where} meets tensors of different dtypes: " + (
-            f"{failed.most} in {home}, but {shown} {'is' if len(odd) == 1 else 'are'} not" if odd else shown
-        )
-        fix = (
-            "; ".join(dict.fromkeys(_fix(t, home, failed) for t in odd[:3]))
-            or f"cast every tensor of {failed.code or 'that line'} to torch.{home}"
-        )
-    yield Finding(
-        code="",
-        severity="error",
-        message=message,
-        fix=fix,
-        module=failed.module_name,
-        line=failed.line,
-        op=failed.code or None,
-        count=len(odd) or None,
+    return mismatch.finding(
+        evidence,
+        "dtype",
+        _judged,
+        otherwise="give the model and its floating inputs one dtype: model.half() with x.half(), or --precision fp16, which casts both",
     )
+
+
+def _judged(failed: failure.Failed, error: BaseException) -> mismatch.Verdict:
+    home = failed.usual("dtype", floats=True) or "float32"
+    missing = _NO_KERNEL.search(str(error))
+    floats = [t for t in failed.tensors if t.dtype.startswith(("float", "bfloat"))]
+    if _WANTS_INTEGERS.search(str(error)) is not None and missing is None:
+        odd = [t for t in floats if t.kind != "parameter"]
+        message = f"{failed.where} takes whole numbers, and gets {mismatch.named(odd, error)}"
+        fix = mismatch.each(odd, _whole) or "pass integers: .long()"
+    elif missing is not None:
+        odd = floats
+        message = f"{failed.where}: {missing['op']} has no kernel for {missing['dtype']} on {failed.usual('device') or 'this device'}: {mismatch.named(odd, error)}"
+        fix = f"keep {failed.module_name or 'this module'} in float32 (--keep-fp32), or run on the GPU, or in bfloat16"
+    else:
+        odd = mismatch.causes(failed, lambda t: t.dtype.startswith(("float", "bfloat")) and t.dtype != home)
+        shown = mismatch.named(odd, error)
+        others = f"{failed.most} in {home}, but {shown} {'is' if len(odd) == 1 else 'are'} not" if odd else shown
+        message = f"{failed.where} meets tensors of different dtypes: {others}"
+        fix = mismatch.each(odd, lambda t: _fix(t, home, failed)) or f"cast every tensor of {failed.code or 'that line'} to torch.{home}"
+    return mismatch.Verdict(message=message, fix=fix, num_tensors=len(odd))
+
+
+def _whole(tensor: failure.Seen) -> str:
+    return f"{tensor.name}.long()" + (" before the call" if tensor.kind == "input" else f" at {tensor.made_at}" if tensor.made_at else "")
 
 
 def _fix(tensor: failure.Seen, home: str, failed: failure.Failed) -> str:

@@ -43,7 +43,7 @@ def _timed(evidence: Evidence, rows: list[OpRecord]) -> Finding:
     finding = Finding(
         code="",
         severity="warning",
-        message=f"{words.number(sum(r.count for r in rows), 'fp32 product')} ({units.format_flops(flops)}) without TF32: {words.ms(taken)}{share}; half precision "
+        message=f"{words.number(sum(r.count for r in rows), 'fp32 product')} ({units.format_flops(flops)}) without TF32: {words.ms(taken)}{share}{_already(evidence, rows)}; half precision "
         "(GPU203) is the alternative, the two gains do not add up",
         fix=_SWITCHES,
         module=worst.module,
@@ -53,6 +53,17 @@ def _timed(evidence: Evidence, rows: list[OpRecord]) -> Finding:
         change=Change(precision=Precision.TF32),
     )
     return priced(finding, recast.saved_ms(evidence, rows, "tf32"), wall_ms=evidence.wall_ms)
+
+
+def _already(evidence: Evidence, rows: list[OpRecord]) -> str:
+    """What the user's own process does not lose: torch leaves TF32 on for convolutions and off for products; runs as `fp32` here have both off."""
+    if evidence.precision is not None:
+        return ""
+    on = [r for r in rows if evidence.flags.get("own_cudnn_tf32" if recast.is_convolution(r) else "own_matmul_tf32")]
+    if not on:
+        return ""
+    which = "all of it" if len(on) == len(rows) else f"{words.ms(recast.total_ms(on))} of it"
+    return f", {which} in {'convolutions' if all(recast.is_convolution(r) for r in on) else 'products'} that your own process, with the switches as they are, runs in TF32 already"
 
 
 def _static(evidence: Evidence, matrix_off: bool, conv_off: bool) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -14,7 +15,10 @@ from gpuopt.doctor.rule import Rule
 REGION = "Torch-Compiled Region"
 """Name of the op Dynamo records around every compiled graph it runs (torch/_dynamo/convert_frame.py)."""
 WORST = 5
+UNCOMPILED = "; its function runs uncompiled"
+"""What a reason's title ends in where Dynamo gave a whole frame up: a break inside a loop."""
 REMEDIES = (
+    (("torch.compiler.disable",), "take torch.compiler.disable off that function, or move the call out of forward()"),
     (("print", "logging", "logger", "warnings"), "move the printing out of forward()"),
     (("item()", "_local_scalar_dense", "scalar", "tolist"), "keep the value a tensor: torch.where instead of if, no .item() in forward()"),
     (("data-dependent", "dynamic control flow", "jump", "branch", "bool("), "write the branch as torch.where or torch.cond"),
@@ -33,9 +37,15 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     """One finding a line, the five commonest, then one for the rest; the idle time between compiled regions is shared among them by how often each broke."""
     assert evidence.compiled is not None
     places: dict[tuple[str, str], int] = defaultdict(int)
+    remedies: dict[str, str] = {}
+    skipped: set[tuple[str, str]] = set()
     for reason, line, count in evidence.compiled.graph_breaks:
         if count > 0:
-            places[(_first_line(reason), line)] += count
+            shown = _shown(reason)
+            places[(shown, line)] += count
+            remedies.setdefault(shown, _remedy(reason))
+            if UNCOMPILED in reason.partition("\n")[0]:
+                skipped.add((shown, line))
     if not places:
         return
     total = sum(places.values())
@@ -45,8 +55,8 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     for (reason, line), count in ranked[:WORST]:
         yield _priced(
             evidence,
-            f"torch.compile broke the graph {words.times(count)}{'' if line else ' at an unknown line'}: {reason}{graphs}",
-            f"{_remedy(reason)}; fullgraph=True makes the next break an error",
+            f"torch.compile broke the graph {words.times(count)}{'' if line else ' at an unknown line'}: {reason}{UNCOMPILED if (reason, line) in skipped else ''}{graphs}",
+            f"{remedies[reason]}; fullgraph=True makes the next break an error",
             line or None,
             count,
             None if idle_ms is None else idle_ms * count / total,
@@ -86,14 +96,21 @@ def border_ms(evidence: Evidence) -> float | None:
 
 
 def _remedy(reason: str) -> str:
-    lowered = reason.lower()
+    """Title and explanation decide; Dynamo's hints name functions that were not called."""
+    lowered = reason.partition("Hint:")[0].lower()
     return next(
         (fix for words, fix in REMEDIES if any(word in lowered for word in words)), "rewrite that line so that torch.compile can trace it"
     )
 
 
-def _first_line(reason: str) -> str:
-    return next((line.strip()[:160] for line in reason.splitlines() if line.strip()), "no reason given")
+def _shown(reason: str) -> str:
+    """The title; where it names nothing, the first sentence of the explanation: `Failed to trace builtin operator` says which only there."""
+    lines = [line.strip().removesuffix(UNCOMPILED) for line in reason.splitlines() if line.strip()]
+    if not lines:
+        return "no reason given"
+    explained = next((line.removeprefix("Explanation:").strip() for line in lines[1:] if line.startswith("Explanation:")), "")
+    sentence = re.split(r"(?<=[\w`)\]])\. ", explained)[0].rstrip(".")
+    return (f"{lines[0]}: {sentence}" if "`" in sentence and "`" not in lines[0] else lines[0])[:200]
 
 
 RULE = Rule(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from gpuopt.core.result import Finding
+from gpuopt.core.trace import CpuOp
 from gpuopt.doctor import modules, timeline, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.places import Place, spread
@@ -18,6 +20,7 @@ INDEXING = frozenset(
         "aten::masked_fill", "aten::masked_scatter", "aten::masked_scatter_", "aten::index_fill_", "aten::index_add_", "aten::take_along_dim",
     }
 )  # fmt: skip
+KINETO_BYTES = {"float": 4, "double": 8, "c10::Half": 2, "c10::BFloat16": 2}
 CHAIN = 3
 """Such ops in one forward of one module: one or two are how a gather is written."""
 BY_INDEX = frozenset(
@@ -26,10 +29,12 @@ BY_INDEX = frozenset(
 """At least one of these: filling under a mask alone is already the cheap way."""
 MIN_SHARE = 0.03
 """Of the call."""
+MASKED_REACHED = 0.33
+"""Share of the copy bandwidth `torch.where` under a broadcast mask reaches, reading and writing its tensor once: eager's general element-wise kernel on an H200."""
 
 
 def find(evidence: Evidence) -> Iterator[Finding]:
-    """A finding for each module with a chain: priced at the kernels' time, of which a mask or a where takes part again. Their waits are GPU104's."""
+    """A finding for each module with a chain: priced at the kernels' time, less what one `torch.where` takes. Their waits are GPU104's."""
     trace = evidence.trace
     assert trace is not None
     steps = timeline.num_steps(trace)
@@ -45,8 +50,11 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         time_ms = sum(below.get(i, 0.0) for i in indices) / steps / 1e6
         if len(indices) >= CHAIN * steps and any(n in BY_INDEX for n in names):
             places.append(
-                Place(module=module, op=max(set(names), key=names.count), count=len(indices) / steps, time_ms=time_ms, saved_ms=time_ms)
-            )
+                Place(
+                    module=module, op=max(set(names), key=names.count), count=len(indices) / steps, time_ms=time_ms,
+                    saved_ms=max(0.0, time_ms - _masked_ms(evidence, [trace.ops[i] for i in indices])),
+                )
+            )  # fmt: skip
     total_ms = sum(p.time_ms for p in places)
     if not places or not total_ms or total_ms < MIN_SHARE * span_ms:
         return
@@ -63,9 +71,16 @@ def find(evidence: Evidence) -> Iterator[Finding]:
             count=max(1, round(place.count)),
             time_ms=place.time_ms,
         )
-        return priced(finding, shown_ms(evidence, place.saved_ms * 0.7), low=0.6, high=1.2, wall_ms=evidence.wall_ms)
+        return priced(finding, shown_ms(evidence, place.saved_ms), low=0.6, high=1.2, wall_ms=evidence.wall_ms)
 
     yield from spread(places, say)
+
+
+def _masked_ms(evidence: Evidence, ops: list[CpuOp]) -> float:
+    """One `torch.where` over the largest tensor they index; 0 where its size or the bandwidth is unknown."""
+    bandwidth = evidence.device.ceilings.bandwidth("measured") if evidence.device is not None else None
+    sizes = [math.prod(op.shapes[0]) * KINETO_BYTES.get(op.dtypes[0], 0) for op in ops if op.shapes and op.dtypes]
+    return 2 * max(sizes, default=0) / (bandwidth * MASKED_REACHED) * 1e3 if bandwidth else 0.0
 
 
 RULE = Rule(

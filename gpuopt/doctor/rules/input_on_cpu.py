@@ -45,8 +45,9 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         bytes=num_bytes,
         time_ms=transfers.held_ms(trace, copies),
     )
-    # Whoever asked to have the copies measured knows them: told, not priced.
-    yield finding if is_asked else priced(finding, left_ms, low=0.7, high=1.1, wall_ms=evidence.wall_ms)
+    # Whoever asked for the copies keeps them: what a second stream would hide under the computing is all there is to gain.
+    saved_ms = transfers.hidden_ms(trace, left_ms) if is_asked else left_ms
+    yield priced(finding, saved_ms, low=0.8, high=1.15, wall_ms=evidence.wall_ms)
 
 
 RULE = Rule(

@@ -69,7 +69,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         count=max(1, round(len(found) / steps)),
         time_ms=time_ms or None,
     )
-    yield priced(finding, time_ms * (1 - added / there), low=0.7, high=1.0, wall_ms=evidence.wall_ms)
+    yield priced(finding, time_ms * (1 - added / there), low=0.8, high=1.1, wall_ms=evidence.wall_ms)
 
 
 def _growing(trace: Trace, found: dict[int, tuple[int, int, int]]) -> int:

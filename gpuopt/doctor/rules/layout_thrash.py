@@ -14,6 +14,7 @@ from gpuopt.doctor.places import Place, spread
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.recast import shown_ms
 from gpuopt.doctor.rule import Rule
+from gpuopt.doctor.rules import manual_attention
 
 MIN_SHARE = 0.03
 """Of the call. A copy here and there is the price of a layout that pays elsewhere."""
@@ -29,6 +30,8 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     assert trace is not None
     steps = timeline.num_steps(trace)
     span_ms = evidence.wall_ms or sum(s.dur_ns for s in trace.steps) / steps / 1e6
+    # What lays q, k and v out for attention's two products goes with them: that rule has counted it.
+    written_out = {block.module for block in manual_attention.blocks(evidence.records)}
     copied: dict[str | None, list[int]] = {}
     passes: list[int] = []
     for item in timeline.work(trace):
@@ -38,7 +41,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
             kind = "" if item.is_memset else kernels.kind(item.name)
         if kind == "nchw-nhwc":
             passes.append(item.dur_ns)
-        elif kind == "strided copy" and _is_copy(trace, item.op):
+        elif kind == "strided copy" and _is_copy(trace, item.op) and timeline.module_of(trace, item.op) not in written_out:
             copied.setdefault(timeline.module_of(trace, item.op), []).append(item.dur_ns)
     total_ms = sum(sum(times) for times in copied.values()) / steps / 1e6
     if total_ms >= MIN_SHARE * span_ms and total_ms:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gpuopt.core import units
+from gpuopt.core import kernels, units
 from gpuopt.core.result import Finding, OpRecord
 from gpuopt.core.spec import DTYPE_BYTES
 from gpuopt.doctor import modules, recast, words
@@ -32,7 +32,9 @@ _POINTWISE = (
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class Block:
+    """Attention of one module, op by op."""
+
     module: str
     matrix_bytes: float
     """Of all S x S matrices of a call."""
@@ -40,22 +42,22 @@ class _Found:
     """`512x512`."""
     softmax: OpRecord
     others: tuple[OpRecord, ...]
-    """Scale, mask and the like on the same matrix."""
+    """Scale, mask and the like on the same matrix, and copies that only change a layout."""
     products: tuple[OpRecord, ...]
 
 
 def find(evidence: Evidence) -> Iterator[Finding]:
     """One finding for all modules that do softmax between two products; without ops to look at, for a transformers model set to `eager`."""
     records = evidence.records or (evidence.count.records if evidence.count is not None else ())
-    blocks = _blocks(records)
+    found = blocks(records)
     if evidence.trace is not None:
         # The math path of scaled_dot_product_attention dispatches the same ops: that is another matter (its mask, its dtype).
         inside = {op.module for op in evidence.trace.ops if "scaled_dot_product_attention" in op.name}
-        blocks = [b for b in blocks if b.module not in inside]
+        found = [b for b in found if b.module not in inside]
     config = getattr(evidence.module, "config", None)
     is_hf_eager = getattr(config, "_attn_implementation", None) == "eager" and bool(getattr(evidence.module, "_supports_sdpa", False))
-    if blocks:
-        yield _block_finding(evidence, blocks, is_hf_eager)
+    if found:
+        yield _block_finding(evidence, found, is_hf_eager)
     elif is_hf_eager and not records:
         yield Finding(
             code="",
@@ -66,7 +68,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def _block_finding(evidence: Evidence, blocks: list[_Found], is_hf_eager: bool) -> Finding:
+def _block_finding(evidence: Evidence, blocks: list[Block], is_hf_eager: bool) -> Finding:
     rows = [r for b in blocks for r in (b.softmax, *b.others, *b.products)]
     taken = recast.total_ms(rows)
     size = sum(b.matrix_bytes for b in blocks)
@@ -93,7 +95,7 @@ def _block_finding(evidence: Evidence, blocks: list[_Found], is_hf_eager: bool) 
     return priced(finding, recast.shown_ms(evidence, _saved_ms(evidence, blocks)), wall_ms=evidence.wall_ms)
 
 
-def _saved_ms(evidence: Evidence, blocks: list[_Found]) -> float:
+def _saved_ms(evidence: Evidence, blocks: list[Block]) -> float:
     """All they take, less what a fused kernel takes for the same products; in fp32, where it is no faster at them, the passes between alone."""
     saved = 0.0
     for block in blocks:
@@ -107,7 +109,7 @@ def _saved_ms(evidence: Evidence, blocks: list[_Found]) -> float:
     return saved
 
 
-def _blocks(records: tuple[OpRecord, ...]) -> list[_Found]:
+def blocks(records: tuple[OpRecord, ...]) -> list[Block]:
     """Modules where a softmax over [..., q, k] stands between a product that makes [..., q, k] and one that reads it."""
     by_module: dict[str, list[OpRecord]] = {}
     for record in records:
@@ -126,8 +128,12 @@ def _blocks(records: tuple[OpRecord, ...]) -> list[_Found]:
             if roles != {"makes", "reads"} or sum(r.count for r in products) < 2 * softmax.count:
                 continue
             others = tuple(r for r in rows if recast.short_name(r) in _POINTWISE and any(s[-2:] == (q, k) for s in _shapes(r)) and r.bytes)
+            # A fused kernel reads q, k and v by their strides and writes what the next layer wants: the copies that lay them out for the products go too.
+            others += tuple(
+                r for r in rows if r not in others and r.time_ns and r.kernels and all(kernels.kind(n) == "strided copy" for n in r.kernels)
+            )
             width = DTYPE_BYTES.get(softmax.dtype or "", 4)
-            found.append(_Found(name, float(math.prod(shape) * width * softmax.count), f"{q}x{k}", softmax, others, tuple(products)))
+            found.append(Block(name, float(math.prod(shape) * width * softmax.count), f"{q}x{k}", softmax, others, tuple(products)))
             break
     return found
 

@@ -14,6 +14,8 @@ from gpuopt.doctor.rule import Rule
 
 WORTH = 0.02
 """Share of the device time in such convolutions below which their layout does not matter."""
+NORM_REACHED = 0.5
+"""Share of the copy bandwidth a batch norm over NHWC tensors reaches, its small kernels for the scale among them: `aten.batch_norm` of recipes/profile/resnet101-h200.json."""
 _LAYOUT_KERNELS = ("nchwtonhwc", "nhwctonchw", "nchwaddpadding")
 
 
@@ -27,6 +29,10 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     rows = [r for r in evidence.records if r.module in layers and recast.is_convolution(r) and r.time_ns]
     if _is_minor(evidence, rows, len(layers)):
         return
+    # The activations between them are NCHW too: 1x1 convolutions, whose weights lie both ways, and batch norms run on them.
+    halves = [r for r in evidence.records if r.dtype in modules.HALVES and r.time_ns]
+    rows = [r for r in halves if recast.is_convolution(r)]
+    norms = [r for r in halves if "batch_norm" in r.op]
     layout_ms = sum(_layout_ns(r) for r in rows) / 1e6
     dtype = modules.running(evidence, modules.dtype(next(iter(layers.values())).weight))
     seen = f"; {words.ms(recast.total_ms(rows))} in them" if rows else ""
@@ -40,10 +46,11 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         module=worst,
         line=modules.line(evidence.module, worst),
         count=len(layers),
-        time_ms=recast.total_ms(rows) if rows else None,
+        time_ms=recast.total_ms([*rows, *norms]) if rows else None,
         change=Change(channels_last=True),
     )
-    yield priced(finding, recast.shown_ms(evidence, _saved_ms(evidence, rows)), wall_ms=evidence.wall_ms)
+    saved = _saved_ms(evidence, rows, recast.REACHED["convolution"]) + _saved_ms(evidence, norms, NORM_REACHED)
+    yield priced(finding, recast.shown_ms(evidence, saved), wall_ms=evidence.wall_ms)
 
 
 def _is_nchw_half(evidence: Evidence, part: Any) -> bool:
@@ -72,14 +79,14 @@ def _layout_ns(record: OpRecord) -> float:
     return (record.time_ns or 0.0) * len(layout) / len(record.kernels) if record.kernels else 0.0
 
 
-def _saved_ms(evidence: Evidence, rows: list[OpRecord]) -> float:
-    """What lies above the floor that NHWC kernels reach."""
+def _saved_ms(evidence: Evidence, rows: list[OpRecord], reached: float) -> float:
+    """What lies above the share of the floor that NHWC kernels reach."""
     assert evidence.device is not None
     saved = 0.0
     for row in rows:
         floor = recast.floor_ns(row, evidence.device.ceilings, row.dtype)
         if floor:
-            saved += max(0.0, (row.time_ns or 0.0) - max(floor / recast.REACHED["convolution"], recast.LAUNCH_NS * row.count))
+            saved += max(0.0, (row.time_ns or 0.0) - max(floor / reached, recast.LAUNCH_NS * row.count))
     return saved / 1e6
 
 

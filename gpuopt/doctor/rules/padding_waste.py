@@ -46,8 +46,8 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         count=width,
         time_ms=linear if rows else None,
     )
-    # Attention falls with the square of the length and would give more; a batch of uneven rows keeps some padding and gives less.
-    yield priced(finding, recast.shown_ms(evidence, total * linear), low=0.6, high=1.1, wall_ms=evidence.wall_ms)
+    # Attention falls with the square of the length, which about makes up for the padding that uneven rows of a batch keep.
+    yield priced(finding, recast.shown_ms(evidence, total * linear), low=0.75, high=1.2, wall_ms=evidence.wall_ms)
 
 
 def _shares(name: str, tensor: Any, tensors: list[tuple[str, Any]]) -> tuple[float, float, int, int] | None:

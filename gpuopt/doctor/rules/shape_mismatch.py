@@ -8,7 +8,7 @@ from typing import Any
 from gpuopt.core.accepts import input_names
 from gpuopt.core.live import Inputs
 from gpuopt.core.result import Finding
-from gpuopt.doctor import failure, frames
+from gpuopt.doctor import failure, frames, mismatch
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.rule import Rule
 
@@ -28,20 +28,13 @@ _WANTED = (
 
 def find(evidence: Evidence) -> Iterator[Finding]:
     """One finding: the layer and what it takes, the tensor and what it is, and who made it."""
-    error = evidence.failure
-    if error is None or failure.kind(error) != "shape":
-        return
-    failed = failure.locate(evidence.module, evidence.inputs, error)
-    if failed is None:
-        yield Finding(
-            code="",
-            severity="error",
-            message=f"forward() raised: {failure.first_line(error)}",
-            fix="give inputs the shapes the model was made for: --input 'x:float32[N,3,224,224]'",
-        )
-        return
-    message, fix = _layer(failed) or _too_long(failed, evidence.inputs) or _operands(failed)
-    yield Finding(code="", severity="error", message=message, fix=fix, module=failed.module_name, line=failed.line, op=failed.code or None)
+
+    def judged(failed: failure.Failed, _: BaseException) -> mismatch.Verdict:
+        message, fix = _layer(failed) or _too_long(failed, evidence.inputs) or _operands(failed)
+        return mismatch.Verdict(message=message, fix=fix)
+
+    otherwise = "give inputs the shapes the model was made for: --input 'x:float32[N,3,224,224]'"
+    return mismatch.finding(evidence, "shape", judged, otherwise=otherwise)
 
 
 def _layer(failed: failure.Failed) -> tuple[str, str] | None:

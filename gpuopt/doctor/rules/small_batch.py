@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from gpuopt.core.result import Finding
 from gpuopt.doctor import weights, words
 from gpuopt.doctor.evidence import Evidence
+from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
 from gpuopt.doctor.rules.weights_memory_bound import reads_weights
 
@@ -19,14 +20,15 @@ FLAT = 1.15
 
 
 def find(evidence: Evidence) -> Iterator[Finding]:
-    """One finding, not priced: a larger batch makes no call shorter, it makes calls fewer. Silent where a measured curve is flat already, or GPU406 says it."""
+    """One finding, priced where larger batches were measured: the time of a call less what its samples take in the best of them. A larger batch makes no call shorter, it
+    makes calls fewer. Silent where a measured curve is flat already, or GPU406 says it."""
     found = weights.products(evidence)
     if not evidence.on_gpu or found is None or found.intensity >= found.ridge or reads_weights(found):
         return
     if found.weight_bytes < MIN_WEIGHTS * found.bytes or found.share < MIN_SHARE:
         return
-    measured = _curve(evidence.batch_curve, evidence.batch)
-    if measured is None and evidence.batch_curve and max(evidence.batch_curve) > evidence.batch:
+    best = _best(evidence.batch_curve, evidence.batch)
+    if best is None and evidence.batch_curve and max(evidence.batch_curve) > evidence.batch:
         return
     # Bytes grow by what is not weights; FLOPs with the batch: where their ratio meets the ridge.
     rest = found.bytes - found.weight_bytes
@@ -36,39 +38,51 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         if room > 0
         else "as large as memory allows"
     )
-    yield Finding(
+    finding = Finding(
         code="",
         severity="info",
         message=f"at batch {evidence.batch} the products do {words.number(found.intensity, 'FLOP')} a byte where {words.digits(found.ridge)} would keep the {found.dtype} units busy: "
-        f"{words.share(found.weight_bytes / found.bytes)} of their bytes are weights" + (f"; {measured}" if measured else ""),
+        f"{words.share(found.weight_bytes / found.bytes)} of their bytes are weights"
+        + (f"; {_told(evidence.batch_curve, evidence.batch, best)}" if best else ""),
         fix=f"put requests together: compute binds from a batch of {wanted}; gpuopt bench --dim N={evidence.batch},{evidence.batch * 4},{evidence.batch * 16} shows the curve",
         op="aten::mm",
         bytes=found.weight_bytes,
-        time_ms=found.time_ms,
+        time_ms=found.time_ms if best is None else None,
     )
+    if best is None:
+        yield finding
+        return
+    now = evidence.batch_curve[evidence.batch]
+    yield priced(finding, now - evidence.batch_curve[best] * evidence.batch / best, low=0.9, high=1.05, wall_ms=now)
 
 
-def _curve(curve: Mapping[int, float], batch: int) -> str | None:
-    """What a larger measured batch gives; None where none gives more samples a second."""
-    now = curve.get(batch)
-    if not now:
+def _best(curve: Mapping[int, float], batch: int) -> int | None:
+    """The measured larger batch with the most samples a second; None where none gives `FLAT` times what this one gives."""
+    if not curve.get(batch):
         return None
-    gains = {n: (n / ms) / (batch / now) for n, ms in curve.items() if n > batch and ms > 0}
+    gains = {n: _gain(curve, batch, n) for n, ms in curve.items() if n > batch and ms > 0}
     best = max(gains, key=lambda n: gains[n], default=None)
-    if best is None or gains[best] < FLAT:
-        return None
-    return f"batch {best} takes {words.ms(curve[best])}, {gains[best]:.3g} times the samples a second"
+    return best if best is not None and gains[best] >= FLAT else None
+
+
+def _gain(curve: Mapping[int, float], batch: int, larger: int) -> float:
+    """Samples a second, relative."""
+    return (larger / curve[larger]) / (batch / curve[batch])
+
+
+def _told(curve: Mapping[int, float], batch: int, best: int) -> str:
+    return f"measured, batch {best} takes {words.ms(curve[best])} where this one takes {words.ms(curve[batch])}: {_gain(curve, batch, best):.3g} times the samples a second"
 
 
 RULE = Rule(
     code="GPU405",
     name="small-batch",
     what="With so few samples the products read more bytes of weights than their arithmetic can cover.",
-    why="The time of a call is that of reading the weights and of launching: more samples would ride along almost free.",
+    why="The time of a call is that of reading the weights and of launching: more samples would ride along almost free. The gain is that of the same samples in larger calls.",
     before="for x in requests:\n    y = model(x[None])",
     after="y = model(torch.stack(requests))",
     safe=False,
     needs=frozenset({"records", "device"}),
     find=find,
-    source="Williams et al. 2009, the roofline; ceilings measured on this machine",
+    source="Williams et al. 2009, the roofline; ceilings and times of larger batches measured on this machine",
 )

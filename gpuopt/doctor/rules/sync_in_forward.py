@@ -36,7 +36,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     assert trace is not None
     if not trace.on_device:
         return
-    steps, stretch = timeline.num_steps(trace), timeline.stretch(evidence)
+    steps, stretch = timeline.num_steps(trace), timeline.wait_stretch(evidence)
     sizes: dict[int | None, int] = {c.correlation: c.bytes for c in trace.copies if c.kind == "d2h" and c.correlation is not None}
     idle: dict[tuple[str | None, str], list[float]] = {}
     for call, idle_ns in timeline.waits(trace):

@@ -15,7 +15,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     """One finding for all waits with work of the same call before and after them; the one that closes a call is no defect."""
     trace = evidence.trace
     assert trace is not None
-    steps, stretch = timeline.num_steps(trace), timeline.stretch(evidence)
+    steps, stretch = timeline.num_steps(trace), timeline.wait_stretch(evidence)
     launches: dict[int, tuple[int, int]] = {}
     for call in trace.runtime:
         if call.kind in ("launch", "graph", "copy") and call.step is not None:

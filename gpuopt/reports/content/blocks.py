@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from gpuopt.core.errors import UsageError
 from gpuopt.core.result import Ceiling, RooflinePoint
 
-ORDERS = ("time", "flops", "bytes", "gap")
-"""What the roofline table may be sorted by; `gap` is time above the floor, the time there is to win."""
+ORDERS = ("time", "gap", "flops", "bytes")
+"""What tables of ops, kernels and lines may be sorted by; `gap` is time above the floor, the time there is to win."""
+GROUPINGS = ("module", "op", "kernel", "line", "all")
+"""What the time may be told by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,13 +20,18 @@ class View:
     depth: int = 3
     """Levels of the module tree."""
     top: int = 10
-    """Rows of the roofline table."""
-    by: str = "time"
-    """Order of the roofline table, one of ORDERS."""
+    """Rows of the tables of ops, kernels and lines."""
+    by: str = ""
+    """One of GROUPINGS: that table alone; "" is the modules, and the ops of layers alike."""
+    sort: str = "time"
+    """Order of ops, kernels and lines, one of ORDERS; modules stay in the order they run."""
 
     def __post_init__(self) -> None:
-        if self.by not in ORDERS:
-            raise UsageError(f"nothing can be ordered by {self.by!r}", fix="--by " + "|".join(ORDERS))
+        if self.by and self.by not in GROUPINGS:
+            fix = f"--sort {self.by}" if self.by in ORDERS else "--by " + "|".join(GROUPINGS)
+            raise UsageError(f"time cannot be told by {self.by!r}", fix=fix)
+        if self.sort not in ORDERS:
+            raise UsageError(f"nothing can be sorted by {self.sort!r}", fix="--sort " + "|".join(ORDERS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,10 @@ class Column:
     spare: int = 0
     folds: bool = False
     """Where every row says the same, it is said once, beside the table's title."""
+    shrinks: int = 0
+    """Where the page is too narrow, names are cut down to so many characters. 0: never cut."""
+    is_path: bool = False
+    """Cut from the left, as the end of a path tells most; other names lose their middle."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from gpuopt.core.result import CEILING_OF_DTYPE, Ceilings, ModuleRow, RooflinePoint, Run
+from gpuopt.core.result import CEILING_OF_DTYPE, Ceilings, Run
 from gpuopt.reports import figures as f
-from gpuopt.reports.content.blocks import Bar, Bars, Block, Cell, Column, Roofline, Table, View
+from gpuopt.reports.content import grouped
+from gpuopt.reports.content.blocks import Bar, Bars, Block, Roofline, View
 from gpuopt.reports.figures import clean
 
 _PART_TONES = (
@@ -36,10 +35,10 @@ def build(run: Run, ceilings: Ceilings, view: View, label: str) -> list[Block]:
     blocks: list[Block] = []
     if run.waterfall:
         blocks.append(_waterfall(run, suffix))
-    if run.modules:
-        blocks.append(_modules(run, view, suffix))
     if run.roofline:
-        blocks += _roofline(run, ceilings, view, suffix)
+        blocks.append(_roofline(run, ceilings, suffix))
+    if run.roofline or run.modules:
+        blocks += grouped.build(run, view, suffix)
     return blocks
 
 
@@ -50,7 +49,7 @@ def _waterfall(run: Run, suffix: str) -> Bars:
     bars = tuple(
         Bar(clean(part.name), f.ms(part.ms), part.ms / wall if wall > 0 else 0.0, part_tone(part.name), clean(part.detail))
         for part in waterfall.parts
-        if part.ms > 0 or part.name == "unaccounted"
+        if part.ms > 1e-6 or part.name == "unaccounted"
     )
     notes = [f"of {f.ms(wall)} wall time, {'traced' if run.backend == 'trace' else 'untraced'}"]
     if allowed := _allowed(run):
@@ -78,122 +77,16 @@ def _allowed(run: Run) -> str:
     return "; ".join(t for t in (", ".join(said), ", ".join(other)) if t)
 
 
-def _modules(run: Run, view: View, suffix: str) -> Table:
-    shown = [row for row in run.modules if row.depth <= view.depth]
-    hidden = len(run.modules) - len(shown)
-    rows = []
-    for row, stem in zip(shown, _stems(shown), strict=True):
-        name = row.name.rpartition(".")[2] if row.name else clean(run.model, 40)
-        rows.append(
-            (
-                Cell(f"{stem}{clean(name, 60)}"),
-                Cell(clean(row.module_class, 40), "dim"),
-                Cell(f.ns(row.time_ns)),
-                Cell(f.percent(row.pct_of_time), "", None if row.pct_of_time is None else min(1.0, max(0.0, row.pct_of_time / 100))),
-                Cell(f.si(row.flops, "FLOP")),
-                Cell(f.percent(row.pct_of_ceiling)),
-                Cell(f.si(row.num_parameters)),
-            )
-        )
-    columns = (
-        Column("module"),
-        Column("class", spare=4),
-        Column("time", right=True),
-        Column("of time"),
-        Column("FLOPs", right=True, spare=3),
-        Column("of roofline", right=True, spare=1),
-        Column("parameters", right=True, spare=5),
-    )
-    notes = (f"{f.plural(hidden, 'module')} below this depth: --depth {view.depth + 1} shows more",) if hidden else ()
-    return Table(title=f"Modules{suffix}", columns=columns, rows=tuple(rows), notes=notes)
-
-
-def _stems(rows: Sequence[ModuleRow]) -> list[str]:
-    """Tree lines: `├─ `, `└─ `, `│  ` by what follows at each depth."""
-    stems = []
-    for index, row in enumerate(rows):
-        stem = ""
-        for level in range(1, row.depth + 1):
-            more = False
-            for later in rows[index + 1 :]:
-                if later.depth < level:
-                    break
-                if later.depth == level:
-                    more = True
-                    break
-            stem += ("├─ " if more else "└─ ") if level == row.depth else ("│  " if more else "   ")
-        stems.append(stem)
-    return stems
-
-
-def _sort_key(point: RooflinePoint, by: str) -> float:
-    if by == "gap":
-        return (point.time_ns or 0.0) - (point.floor_ns or 0.0) if point.floor_ns is not None else 0.0
-    return {"time": point.time_ns, "flops": point.flops, "bytes": point.bytes}[by] or 0.0
-
-
-def _roofline(run: Run, ceilings: Ceilings, view: View, suffix: str) -> list[Block]:
-    total = sum(point.time_ns or 0.0 for point in run.roofline)
-    ordered = sorted(run.roofline, key=lambda p: _sort_key(p, view.by), reverse=True)
-    shown = ordered[: view.top]
-    rows = []
-    for point in shown:
-        part = (point.time_ns or 0.0) / total if total else None
-        gap = None if point.time_ns is None or point.floor_ns is None else max(0.0, point.time_ns - point.floor_ns)
-        rows.append(
-            (
-                Cell(clean(point.name, 60) + (f" ×{point.count}" if point.count > 1 else "")),
-                Cell(clean(point.module, 60) or "(root)", "dim"),
-                Cell(clean(point.dtype or f.MISSING), "dim"),
-                Cell(f.ns(point.time_ns)),
-                Cell(f.share(part), "", part),
-                Cell(f.si(point.flops, "FLOP")),
-                Cell(f.si(point.bytes, "B")),
-                Cell(f.MISSING if point.intensity is None else f.rate(point.intensity)),
-                Cell(clean(point.bound), {"compute": "compute", "memory": "memory"}.get(point.bound, "dim")),
-                Cell(f.percent(point.pct_of_ceiling), _pct_tone(point.pct_of_ceiling)),
-                Cell(clean(point.ceiling), "dim"),
-                Cell(f.ns(gap)),
-            )
-        )
-    columns = (
-        Column("op"),
-        Column("module", spare=4),
-        Column("dtype", spare=7),
-        Column("time", right=True),
-        Column("of time"),
-        Column("FLOPs", right=True, spare=5),
-        Column("bytes", right=True, spare=6),
-        Column("FLOP/B", right=True, spare=8),
-        Column("bound"),
-        Column("reaches", right=True),
-        Column("of ceiling", spare=3),
-        Column("to win", right=True, spare=1),
-    )
-    notes = ["reaches: floor time over measured time; to win: what lies above the floor, op by op, before any fusion"]
-    rest = ordered[view.top :]
-    if rest:
-        left = sum(point.time_ns or 0.0 for point in rest)
-        notes.append(f"{len(rest)} more ops, {f.share(left / total) if total else f.MISSING} of the time: --top {len(ordered)} shows all")
-    notes += list(dict.fromkeys(f"{clean(p.name, 60)}: {clean(p.note)}" for p in shown if p.note))
+def _roofline(run: Run, ceilings: Ceilings, suffix: str) -> Roofline:
     compute = tuple(
         row
         for quantity in dict.fromkeys(CEILING_OF_DTYPE.get(p.dtype or "", p.dtype or "") for p in run.roofline)
         for kind in ("measured", "spec")
         if (row := ceilings.find(quantity, kind)) is not None
     )
-    return [
-        Roofline(
-            title=f"Roofline{suffix}",
-            points=run.roofline,
-            compute=compute,
-            bandwidth=ceilings.find("memory", "measured") or ceilings.find("memory", "spec"),
-        ),
-        Table(title=f"Ops by {view.by}{suffix}", columns=columns, rows=tuple(rows), notes=tuple(notes)),
-    ]
-
-
-def _pct_tone(pct: float | None) -> str:
-    if pct is None:
-        return "dim"
-    return "good" if pct >= 60 else "warn" if pct >= 25 else "bad"
+    return Roofline(
+        title=f"Roofline{suffix}",
+        points=run.roofline,
+        compute=compute,
+        bandwidth=ceilings.find("memory", "measured") or ceilings.find("memory", "spec"),
+    )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from gpuopt.core.result import Ceilings, Report, Run, Status
 from gpuopt.reports import figures as f
-from gpuopt.reports.content import program
+from gpuopt.reports.content import changes, program
 from gpuopt.reports.content.blocks import Message
 from gpuopt.reports.content.naming import (
     base_of,
@@ -30,6 +30,7 @@ def build(report: Report, ceilings: Ceilings, name: Callable[[Run], str]) -> tup
     if report.verb == "doctor" and not report.error:
         lines.append(_doctors(report))
     lines += program.headline(report)
+    lines += changes.headline(changes.of_report(report))
     ok = [run for run in report.runs if run.status == Status.OK]
     if len(report.runs) == 1 and ok and ok[0].latency_ms:
         lines += _one_run(report, ok[0], ceilings)

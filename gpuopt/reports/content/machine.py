@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gpuopt.core.result import CEILING_OF_DTYPE, Device, Report
 from gpuopt.reports import figures as f
 from gpuopt.reports.content.blocks import Block, Cell, Column, Facts, Table
 from gpuopt.reports.content.naming import compute_quantity
 from gpuopt.reports.figures import clean
+
+
+def of_all(report: Report) -> list[Block]:
+    """Each device of a report about several, with the ceilings that its own runs stand against."""
+    if not report.devices:
+        return build(report)
+    mine = [
+        replace(report, device=device, devices=(device,), runs=tuple(run for run in report.runs if run.device == device.id))
+        for device in report.devices
+    ]
+    return [block for one in mine for block in build(one)]
 
 
 def build(report: Report) -> list[Block]:
@@ -60,7 +73,7 @@ def build(report: Report) -> list[Block]:
 
 def shows_ceilings(report: Report) -> bool:
     """Whether the page has a table of ceilings; where it has none, each table names those it uses."""
-    return report.verb == "device" or any(run.roofline for run in report.runs)
+    return report.verb == "device" or bool(report.devices) or any(run.roofline for run in report.runs)
 
 
 def _quantities(report: Report) -> set[str]:

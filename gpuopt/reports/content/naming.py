@@ -11,7 +11,7 @@ from gpuopt.reports.figures import clean
 
 def run_label(run: Run, *, model: bool = True) -> str:
     """`resnet101 · inductor:freezing · fp16 · N=256 · host inputs`: a run alone, in full."""
-    return " · ".join(part for name, part in _parts(run).items() if part and (model or name != "model"))
+    return " · ".join(part for name, part in _parts(run).items() if part and name != "device" and (model or name != "model"))
 
 
 def labels(runs: Sequence[Run]) -> Callable[[Run], str]:
@@ -35,6 +35,7 @@ def _parts(run: Run) -> dict[str, str]:
         "changes": ", ".join(clean(t) for t in run.transforms),
         "dims": dims_label(run),
         "inputs": f"{clean(run.input_mode)} inputs" if run.input_mode != "device" else "",
+        "device": f"on {clean(run.device)}" if run.device else "",
     }
 
 
@@ -72,10 +73,11 @@ def several_models(report: Report) -> bool:
 
 def group(run: Run) -> tuple[Any, ...]:
     """Runs that answer the same question may be ranked against each other."""
-    return (run.model, tuple(sorted(run.dims.items())), run.batch, run.input_mode)
+    return (run.model, tuple(sorted(run.dims.items())), run.batch, run.input_mode, run.device)
 
 
 def base_of(run: Run, runs: Sequence[Run]) -> Run | None:
     """The run that `relative` of this one is against: the first that has times, of the same sizes and input mode."""
-    same = [r for r in runs if (r.dims, r.batch, r.input_mode) == (run.dims, run.batch, run.input_mode) and r.latency_ms is not None]
+    sizes = (run.dims, run.batch, run.input_mode, run.device)
+    same = [r for r in runs if (r.dims, r.batch, r.input_mode, r.device) == sizes and r.latency_ms is not None]
     return next((r for r in same if r.relative is None), None)

@@ -23,11 +23,16 @@ _SITES = (
 
 
 def build(name: str, value: Any) -> list[Block] | None:
-    """The blocks of `script`, `exit` and `kernels`; None for a table that is not about a program."""
+    """The blocks of `script`, `exit`, `kernels` and `lines`; None for a table that is not about a program."""
     if name == "script" and isinstance(value, Mapping):
         return _script(value)
     if name == "kernels" and isinstance(value, Sequence) and not isinstance(value, str):
-        return [_kernels(value)] if value else []
+        # Where no device ran anything the rows are ops, and the table of ops shows those.
+        return [_kernels(value)] if any(not row.get("is_op") for row in value if isinstance(row, Mapping)) else []
+    if name == "lines" and isinstance(value, Sequence) and not isinstance(value, str):
+        return [_lines(value)] if value else []
+    if name in ("devices", "communication") and isinstance(value, Sequence | Mapping):
+        return []  # the notes tell them
     if name == "exit" and isinstance(value, Mapping):
         return []  # how it ended is its run's status
     return None
@@ -111,10 +116,18 @@ def _script(script: Mapping[str, Any]) -> list[Block]:
 
 
 def _kernels(rows: Sequence[Mapping[str, Any]]) -> Table:
-    columns = (Column("kernel or op"), Column("times", right=True), Column("a call", right=True), Column("of them", right=True))
+    has_ops = any(row.get("op") for row in rows)
+    columns = (
+        Column("kernel or op"),
+        *((Column("mostly launched by", spare=1),) if has_ops else ()),
+        Column("times", right=True),
+        Column("a call", right=True),
+        Column("of them", right=True),
+    )
     shown = tuple(
         (
-            Cell(clean(row.get("kernel") or "", 90)),
+            Cell(clean(row.get("short") or row.get("kernel") or "", 90)),
+            *((Cell(clean(row.get("op") or "", 50) or f.MISSING, "dim"),) if has_ops else ()),
             Cell(f.digits(_number(row, "count"))),
             Cell(f.ms(_number(row, "time_ms"))),
             Cell(f.percent(_number(row, "pct")), "", min(1.0, _number(row, "pct") / 100)),
@@ -122,7 +135,32 @@ def _kernels(rows: Sequence[Mapping[str, Any]]) -> Table:
         for row in rows[:TOP]
     )
     left = len(rows) - TOP
-    return Table(title="Kernels by time", columns=columns, rows=shown, notes=(f"{left} more in --json",) if left > 0 else ())
+    notes = (
+        f"{left} more in --json; of them: of the summed times, which may overlap"
+        if left > 0
+        else "of them: of the summed times, which may overlap",
+    )
+    return Table(title="Kernels by time", columns=columns, rows=shown, notes=notes)
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> Table:
+    columns = (
+        Column("function of yours, by the line it begins at"),
+        Column("launches", right=True),
+        Column("a call", right=True),
+        Column("of all", right=True),
+    )
+    shown = tuple(
+        (
+            Cell(clean(row.get("line") or "", 110)),
+            Cell(f.digits(_number(row, "count"))),
+            Cell(f.ms(_number(row, "time_ms"))),
+            Cell(f.percent(_number(row, "pct")), "", min(1.0, _number(row, "pct") / 100)),
+        )
+        for row in rows[:TOP]
+    )
+    left = len(rows) - TOP
+    return Table(title="Time by source line", columns=columns, rows=shown, notes=(f"{left} more in --json",) if left > 0 else ())
 
 
 def _rows(table: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:

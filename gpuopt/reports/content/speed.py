@@ -77,6 +77,7 @@ def _run_table(report: Report, runs: Sequence[Run], ceilings: Ceilings) -> Table
     columns += [Column("backend"), Column("precision", folds=True)]
     columns += [Column("changes", spare=6, folds=True)] if transforms else []
     columns += [Column("shape", folds=True)]
+    columns += [Column("device", folds=True)] if report.devices else []
     columns += [Column("inputs", spare=3, folds=True)] if hosts else []
     columns += [
         Column("a call", right=True),
@@ -103,6 +104,7 @@ def _run_table(report: Report, runs: Sequence[Run], ceilings: Ceilings) -> Table
         cells += [Cell(backend_label(run), "strong" if winner else ""), Cell(clean(run.precision or f.MISSING))]
         cells += [Cell(", ".join(clean(t) for t in run.transforms) or f.MISSING)] if transforms else []
         cells += [Cell(dims_label(run) or f.MISSING)]
+        cells += [Cell(clean(run.device or f.MISSING))] if report.devices else []
         cells += [Cell(clean(run.input_mode))] if hosts else []
         cells += [
             Cell(f.ms(run.latency_ms.median), "strong"),

@@ -7,13 +7,13 @@ from typing import Any
 
 from gpuopt.core.result import Report
 from gpuopt.reports import figures as f
-from gpuopt.reports.content import program
-from gpuopt.reports.content.blocks import Block, Cell, Column, Facts, Table
+from gpuopt.reports.content import changes, program
+from gpuopt.reports.content.blocks import Block, Cell, Column, Facts, Table, View
 from gpuopt.reports.content.verdicts import comparison
 from gpuopt.reports.figures import clean
 
 
-def build(report: Report) -> list[Block]:
+def build(report: Report, view: View) -> list[Block]:
     """A table of a known name has its own form; any other list of rows, or mapping, is shown as it is."""
     blocks: list[Block] = []
     for name, value in report.tables.items():
@@ -23,6 +23,8 @@ def build(report: Report) -> list[Block]:
             blocks.append(_matrix(value, report))
         elif name == "compare" and isinstance(value, Sequence):
             blocks.append(comparison(value))
+        elif name == "changes" and (found := changes.of_report(report)):
+            blocks += changes.build(found, view)
         elif name in ("form", "model") and "matrix" in report.tables:
             continue  # in the title of the matrix
         elif isinstance(value, Sequence) and not isinstance(value, str) and value and all(isinstance(row, Mapping) for row in value):

@@ -24,7 +24,7 @@ def gates(report: Report) -> list[Block]:
         )
         for g in report.gates
     )
-    columns = (Column("gate"), Column("run"), Column("figure", right=True), Column("limit", right=True), Column("verdict"))
+    columns = (Column("gate"), Column("run"), Column("figure"), Column("limit"), Column("verdict"))
     return [Table(title="Gates", columns=columns, rows=rows)]
 
 
@@ -69,7 +69,9 @@ def comparison(rows_in: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for row in rows_in:
         verdict = str(row.get("verdict", ""))
-        tone = {"faster": "good", "fixed": "good", "slower": "bad", "broken": "bad", "inconclusive": "warn"}.get(verdict, "dim")
+        tone = {"faster": "good", "fixed": "good", "slower": "bad", "broken": "bad", "inconclusive": "warn", "no result": "warn"}.get(
+            verdict, "dim"
+        )
         low, high = row.get("change_low"), row.get("change_high")
         rows.append(
             (

@@ -48,4 +48,4 @@ def clean() -> Evidence:
 
 
 GAIN_MS = 3 - 1.5 / 0.95
-"""The bias that the convolution gets is a pass over the same bytes."""
+"""Folded and compiled, one pass over the same bytes is left."""

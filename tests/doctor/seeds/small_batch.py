@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from builders import evidence
 
 from gpuopt.core.result import Count, OpRecord
@@ -21,9 +23,15 @@ def seen(batch: int, time_us: float) -> Evidence:
     return evidence(records=(record,), count=count, precision="fp16", batch=batch, wall_ms=time_us / 1e3 + 0.05)
 
 
+CURVE = {1: 0.5, 2: 0.52, 4: 0.6}
+
+
 def bad() -> Evidence:
-    return seen(1, 450)
+    return replace(seen(1, 450), batch_curve=CURVE)
 
 
 def clean() -> Evidence:
     return seen(64, 9000)
+
+
+GAIN_MS = CURVE[1] - CURVE[4] / 4

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU for real; its CUDA side by its options, its profile and fakes."""
+"""ONNX Runtime on the CPU for real; its CUDA side by its options and fakes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from gpuopt.backends import ort
+from gpuopt.backends.ort.session import ELEMENT_TYPE, cuda_options, native, open_session, translated
+from gpuopt.backends.ort.settings import CPU, CUDA, Settings, onnxruntime
 from gpuopt.core.errors import BadInput, OutOfMemory, Unavailable, Unsupported, UsageError
 from gpuopt.core.live import Inputs, Model, Runner
 from gpuopt.core.spec import Precision, TensorSpec
+from gpuopt.trust import gate, packages
 
 DYNAMIC = {"N": (1, 16)}
 
@@ -158,7 +159,7 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("free", [False, True], ids=["known shape", "shape only the run tells"])
 def test_every_dtype_crosses_the_border_bit_for_bit(dtype: torch.dtype, free: bool, tmp_path: Path) -> None:
-    number = ort.ELEMENT_TYPE[dtype]
+    number = ELEMENT_TYPE[dtype]
     nodes = [helper.make_node("Identity", ["x"], ["y"])]
     model = onnx_model(tmp_path / "i.onnx", nodes, {"x": (number, [2, 3])}, {"y": (number, [None, None] if free else [2, 3])})
     torch.manual_seed(0)
@@ -210,130 +211,9 @@ def test_an_unknown_preset_or_option_is_named(monkeypatch: pytest.MonkeyPatch) -
         ort.build(model, Inputs(), {"optimization": "O9"})
     with pytest.raises(UsageError, match="provider is 'directml'"):
         ort.build(model, Inputs(), {"provider": "directml"})
-    monkeypatch.setattr(ort.onnxruntime, "get_available_providers", lambda: [ort.CUDA, ort.CPU])
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
     with pytest.raises(UsageError, match="ort:nhwc is for cuda"):
         ort.build(model, Inputs(), {"preset": "nhwc"})
-
-
-# -- audit ----------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["resnet", "bert"])
-def test_fp32_is_honoured_and_every_flop_is_on_the_cpu_provider(name: str, exported: Callable[..., Any]) -> None:
-    case = exported(name, torch.float32)
-    audit = ort.build(case.model, case.inputs, {"precision": "fp32"}).audit()
-    assert audit is not None and audit.honoured
-    assert audit.shares == {"float32": 1.0}
-    assert audit.placements == {"CPUExecutionProvider": 1.0}
-
-
-@pytest.mark.parametrize("name", ["resnet", "bert"])
-@pytest.mark.parametrize("preset", ["default", "basic"])
-def test_fp16_on_the_cpu_provider_is_caught_as_fp32_behind_inserted_casts(name: str, preset: str, exported: Callable[..., Any]) -> None:
-    case = exported(name, torch.float16)
-    audit = ort.build(case.model, case.inputs, {"precision": "fp16", "preset": preset}).audit()
-    assert audit is not None and not audit.honoured
-    assert audit.shares.get("float16", 0.0) < 0.01
-    assert audit.exceptions and "float32" in audit.exceptions[0]
-    assert "float16" in audit.reason
-
-
-def test_a_part_in_another_dtype_is_weighed_by_its_flops(tmp_path: Path) -> None:
-    """[8,16]x[16,32] in fp64 and [8,32]x[32,4] in fp32: 4096 and 1024 multiply-adds."""
-    nodes = [
-        helper.make_node("MatMul", ["x", "a"], ["h"], name="wide"),
-        helper.make_node("Cast", ["h"], ["c"], to=TensorProto.FLOAT),
-        helper.make_node("MatMul", ["c", "b"], ["y"], name="narrow"),
-    ]
-    constants = [
-        helper.make_tensor("a", TensorProto.DOUBLE, [16, 32], [0.5] * 512),
-        helper.make_tensor("b", TensorProto.FLOAT, [32, 4], [0.5] * 128),
-    ]
-    model = onnx_model(tmp_path / "m.onnx", nodes, {"x": (TensorProto.DOUBLE, [8, 16])}, {"y": (TensorProto.FLOAT, [8, 4])}, constants)
-    audit = ort.build(model, Inputs(args=(torch.zeros(8, 16, dtype=torch.float64),)), {"precision": "fp64"}).audit()
-    assert audit is not None and not audit.honoured
-    assert audit.shares == pytest.approx({"float64": 0.8, "float32": 0.2})
-    assert any("narrow" in line for line in audit.exceptions)
-
-
-@pytest.mark.parametrize("name", ["resnet", "bert"])
-def test_the_flops_of_the_nodes_that_ran_are_those_of_the_module(name: str, exported: Callable[..., Any]) -> None:
-    """Against torch's own counter on the source module: fusion, packing and layouts must lose nothing."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    case = exported(name, torch.float32)
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        case.module.float()(*case.inputs.args, **case.inputs.kwargs)
-    ran = {}
-    for preset in ("basic", "default"):
-        runner = ort.build(case.model, case.inputs, {"preset": preset})
-        nodes = ort._profile(runner._path, runner._settings, 0, None, runner._last, "cpu")
-        ran[preset] = sum(ort.node_flops(n) or 0.0 for n in nodes)
-    assert ran["basic"] == pytest.approx(counter.get_total_flops(), rel=1e-9)
-    # The CPU's blocked layout pads channels to blocks of 8 or 16, and computes the padding too.
-    assert ran["basic"] <= ran["default"] < 1.25 * ran["basic"]
-
-
-def node(
-    op: str,
-    inputs: list[tuple[str, tuple[int, ...]]],
-    outputs: list[tuple[str, tuple[int, ...]]],
-    provider: str = ort.CUDA,
-    name: str = "n",
-) -> ort.NodeRun:
-    return ort.NodeRun(name=name, op=op, provider=provider, inputs=tuple(inputs), outputs=tuple(outputs))
-
-
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.booleans())
-def test_a_gemm_is_counted_whether_or_not_a_is_transposed_or_the_weight_is_shown(m: int, k: int, n: int, transposed: bool) -> None:
-    a = ("float16", (k, m) if transposed else (m, k))
-    hidden = node("Gemm", [a, ("float16", (n,))], [("float16", (m, n))])
-    shown = node("Gemm", [a, ("float16", (k, n)), ("float16", (n,))], [("float16", (m, n))])
-    assert ort.node_flops(hidden) == ort.node_flops(shown) == 2.0 * m * n * k
-
-
-def test_convolutions_are_counted_in_both_layouts_and_by_group() -> None:
-    nchw = node("Conv", [("float16", (2, 8, 5, 5)), ("float16", (4, 2, 3, 3))], [("float16", (2, 4, 3, 3))])
-    nhwc = node("NhwcFusedConv", [("float16", (2, 5, 5, 8)), ("float16", (4, 3, 3, 2))], [("float16", (2, 3, 3, 4))])
-    assert ort.node_flops(nchw) == ort.node_flops(nhwc) == 2.0 * 2 * 4 * 9 * 2 * 9
-
-
-def test_a_fused_attention_is_two_products_a_head() -> None:
-    q = ("float16", (2, 4, 16, 8))
-    assert ort.node_flops(node("Attention", [q, q, q], [q])) == 2 * 2.0 * 2 * 4 * 16 * 16 * 8
-    x, w = ("float16", (2, 16, 32)), ("float16", (32, 96))
-    assert ort.node_flops(node("Attention", [x, w, ("float16", (96,))], [x])) == 2.0 * 2 * 16 * 32 * 96 + 4.0 * 2 * 16 * 16 * 32
-
-
-def test_a_node_that_cannot_be_weighed_is_weighed_by_the_source_graph_or_judged_by_its_dtype() -> None:
-    lstm = {dtype: node("LSTM", [(dtype, (5, 2, 8))], [(dtype, (5, 1, 2, 8))], name="lstm_1/fused") for dtype in ("float16", "float32")}
-    gemm = node("MatMul", [("float16", (4, 4)), ("float16", (4, 4))], [("float16", (4, 4))])
-    assert ort.audit_nodes((gemm, lstm["float16"]), requested=Precision.FP16).honoured
-    assert not ort.audit_nodes((gemm, lstm["float32"]), requested=Precision.FP16).honoured
-    assert not ort.audit_nodes((lstm["float32"],), requested=Precision.FP16).honoured
-    weighed = ort.audit_nodes((gemm, lstm["float32"]), requested=None, layer_flops={"lstm": (1.0, "float32"), "lstm_1": (384.0, "float32")})
-    assert weighed.shares == {"float16": 0.25, "float32": 0.75}
-
-
-def test_tf32_is_told_from_fp32_on_cuda_alone() -> None:
-    product = [("float32", (4, 4)), ("float32", (4, 4))], [("float32", (4, 4))]
-    nodes = (node("MatMul", *product), node("MatMul", *product, provider=ort.CPU))
-    audit = ort.audit_nodes(nodes, requested=Precision.TF32, has_tf32=True)
-    assert audit.shares == {"float32": 0.5, "tf32": 0.5} and not audit.honoured
-    assert audit.placements == {ort.CPU: 0.5, ort.CUDA: 0.5}
-
-
-def test_nodes_that_fell_to_the_cpu_are_named() -> None:
-    nodes = (
-        node("Conv", [], [("float16", (1,))]),
-        node("NonMaxSuppression", [("float32", (9, 4))], [("int64", (3, 3))], provider=ort.CPU, name="nms"),
-        node("Gather", [("int64", (4,))], [("int64", (1,))], provider=ort.CPU, name="shape"),
-        node("MemcpyToHost", [("float32", (9, 4))], [("float32", (9, 4))], name="Memcpy_1"),
-    )
-    text = " | ".join(ort.placement_notes(nodes))
-    assert "nms (NonMaxSuppression)" in text
-    assert "1 nodes on shapes" in text
-    assert "1 copies between host and device" in text
 
 
 # -- bundle ---------------------------------------------------------------------------------------------------------------------------
@@ -413,8 +293,8 @@ def test_the_cuda_provider_asked_of_the_cpu_wheel_is_unavailable_whatever_the_de
     wheels: dict[str, str], said: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit 4 and not 2: with this wheel there is no command line that would do. The wheel found and the one wanted are named."""
-    monkeypatch.setattr(ort.packages, "_of_wheel", lambda name: wheels.get(name, ""))
-    monkeypatch.setattr(ort.onnxruntime, "get_available_providers", lambda: [ort.CPU])
+    monkeypatch.setattr(packages, "_of_wheel", lambda name: wheels.get(name, ""))
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
     model = Model(form="onnx", name="m", path=Path("m.onnx"))
     for device in ("cpu", "cuda:0"):
         with pytest.raises(Unavailable) as caught:
@@ -427,7 +307,7 @@ def test_the_cuda_provider_asked_of_the_cpu_wheel_is_unavailable_whatever_the_de
 def test_a_session_that_fell_to_the_cpu_is_unavailable(exported: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     class Fallen:
         def get_providers(self) -> list[str]:
-            return [ort.CPU]
+            return [CPU]
 
     class Stream:
         cuda_stream = 7
@@ -438,13 +318,13 @@ def test_a_session_that_fell_to_the_cpu_is_unavailable(exported: Callable[..., A
         seen.extend(providers)
         return Fallen()
 
-    monkeypatch.setattr(ort.gate, "onnx_session", session)
-    monkeypatch.setattr(ort.onnxruntime, "preload_dlls", lambda: None)
-    settings = ort.Settings(provider="cuda", fixed={}, ranges={}, prefer_nhwc=True)
+    monkeypatch.setattr(gate, "onnx_session", session)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    settings = Settings(provider="cuda", fixed={}, ranges={}, prefer_nhwc=True)
     with pytest.raises(Unavailable, match="asked for CUDAExecutionProvider and made a session on CPUExecutionProvider"):
-        ort._session(Path("m.onnx"), settings, 0, Stream())  # type: ignore[arg-type]
+        open_session(Path("m.onnx"), settings, 0, Stream())  # type: ignore[arg-type]
     (name, options), cpu = seen
-    assert (name, cpu) == (ort.CUDA, ort.CPU)
+    assert (name, cpu) == (CUDA, CPU)
     assert options["user_compute_stream"] == "7" and options["prefer_nhwc"] == "1"
 
 
@@ -455,38 +335,38 @@ def test_without_cpu_nodes_the_cpu_provider_is_not_even_listed(monkeypatch: pyte
         seen.extend(providers)
         raise Unsupported("stop here")
 
-    monkeypatch.setattr(ort.gate, "onnx_session", session)
-    monkeypatch.setattr(ort.onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(gate, "onnx_session", session)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
 
     class Stream:
         cuda_stream = 7
 
     with pytest.raises(Unsupported, match="stop here"):
-        ort._session(Path("m.onnx"), ort.Settings(provider="cuda", cpu_nodes=False, fixed={}, ranges={}), 0, Stream())  # type: ignore[arg-type]
-    assert [name for name, _ in seen] == [ort.CUDA]
+        open_session(Path("m.onnx"), Settings(provider="cuda", cpu_nodes=False, fixed={}, ranges={}), 0, Stream())  # type: ignore[arg-type]
+    assert [name for name, _ in seen] == [CUDA]
 
 
 @pytest.mark.parametrize(("precision", "tf32"), [("fp32", "0"), ("tf32", "1"), ("fp16", "0"), (None, "0")])
 def test_tf32_is_off_unless_asked_for(precision: str | None, tf32: str) -> None:
-    settings = ort.Settings(provider="cuda", precision=precision, fixed={}, ranges={})
-    assert ort.cuda_options(settings, 0, 5)["use_tf32"] == tf32
+    settings = Settings(provider="cuda", precision=precision, fixed={}, ranges={})
+    assert cuda_options(settings, 0, 5)["use_tf32"] == tf32
 
 
 def test_out_of_memory_is_told_from_other_failures() -> None:
-    with pytest.raises(OutOfMemory), ort._translated("m"):
-        raise ort.native.RuntimeException("BFCArena: Failed to allocate memory for requested buffer of size 1")
-    with pytest.raises(Unsupported), ort._translated("m"):
-        raise ort.native.Fail("no")
-    with pytest.raises(Unsupported, match="no kernel"), ort._translated("m"):
+    with pytest.raises(OutOfMemory), translated("m"):
+        raise native.RuntimeException("BFCArena: Failed to allocate memory for requested buffer of size 1")
+    with pytest.raises(Unsupported), translated("m"):
+        raise native.Fail("no")
+    with pytest.raises(Unsupported, match="no kernel"), translated("m"):
         refused = BadInput("refused")
-        refused.__cause__ = ort.native.NotImplemented("Could not find an implementation for Conv(11)")
+        refused.__cause__ = native.NotImplemented("Could not find an implementation for Conv(11)")
         raise refused
 
 
 def test_an_emptied_package_is_said_to_be_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(ort.onnxruntime, "InferenceSession")
+    monkeypatch.delattr(onnxruntime, "InferenceSession")
     reason = ort.available("cpu") or ""
-    assert ort.onnxruntime.__version__ in reason and "1.24 or later" in reason and "pip install" in reason
+    assert onnxruntime.__version__ in reason and "1.24 or later" in reason and "pip install" in reason
 
 
 def test_what_can_never_be_has_a_reason() -> None:
@@ -514,7 +394,7 @@ def test_cuda_gives_the_modules_numbers_without_leaving_the_device(name: str, pr
         assert relative(found.cpu(), reference) < 2e-2
     audit = runner.audit()
     assert audit is not None and audit.honoured, audit
-    assert audit.placements.get(ort.CUDA, 0.0) > 0.99
+    assert audit.placements.get(CUDA, 0.0) > 0.99
 
 
 @pytest.mark.gpu
