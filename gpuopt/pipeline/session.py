@@ -27,7 +27,7 @@ from gpuopt.converters import exported as exported_file
 from gpuopt.converters import onnx as onnx_file
 from gpuopt.converters import precision as precisions
 from gpuopt.converters import weights as weight_files
-from gpuopt.core.errors import GpuoptError, Unsupported, UsageError
+from gpuopt.core.errors import GpuoptError, Unavailable, Unsupported, UsageError
 from gpuopt.core.launches import Launch
 from gpuopt.core.live import Inputs, Model, Runner
 from gpuopt.core.result import Accuracy, Count, Device, Manifest, Samples
@@ -573,6 +573,10 @@ class Session:
             return trace.record(found[1], where, steps=1, warmup=1, with_modules=found[0]), ()
         except torch.OutOfMemoryError:
             return None, ("no memory to run the model beside its CUDA graph: the graph's kernels belong to no module",)
+        except Unavailable as error:
+            return None, (
+                f"the model beside its CUDA graph could not be traced ({error.message}): the graph's kernels belong to no module",
+            )
 
     def require_traceable(self) -> None:
         """Raises Unsupported for a backend whose work no trace shows: asked before it is built, so that nobody waits for a refusal."""

@@ -39,16 +39,20 @@ def record(call: Callable[[], Any], device: str, *, steps: int = 3, warmup: int 
     ------
     Unavailable: nothing at all was recorded on a device that ran (CUPTI missing, or taken by another profiler).
     """
-    light = _run(call, device, steps=steps, warmup=warmup, with_modules=None, with_shapes=False) if device.startswith("cuda") else None
+    is_cuda = device.startswith("cuda")
+    # On a CPU the ops are the work, and their own times hold no ranges. Compiled code and graph replays have few ops to slow down, and no ranges at all.
+    light = (
+        _run(call, device, steps=steps, warmup=warmup, with_modules=None, with_shapes=False)
+        if is_cuda and with_modules is not None
+        else None
+    )
     full = _run(call, device, steps=steps, warmup=1 if light is not None else warmup, with_modules=with_modules, with_shapes=True)
-    if light is None:  # on a CPU the ops are the work, and their own times hold no ranges
-        return full
-    if not full.on_device:
+    if is_cuda and not full.on_device:
         raise Unavailable(
             "the profiler recorded no kernel on a CUDA device",
             fix="stop other profilers (nsys, ncu, DCGM profiling), or check that libcupti of this torch build loads",
         )
-    return grafted(light, full)
+    return grafted(light, full) if light is not None else full
 
 
 def grafted(light: Trace, full: Trace) -> Trace:

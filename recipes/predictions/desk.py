@@ -26,7 +26,7 @@ from recipes.predictions.pairs import Side
 from recipes.predictions.rows import Fired, Timed, Told
 
 SPEC = BenchSpec(
-    min_time_s=0.3, max_time_s=2.5, min_iterations=5, warmup_s=0.2, max_warmup_s=2.0, block_ms=60.0, num_pairs=12, verify="off", energy_s=0.0,
+    min_time_s=0.3, max_time_s=2.0, min_iterations=5, warmup_s=0.2, max_warmup_s=1.0, block_ms=50.0, num_pairs=10, verify="off", energy_s=0.0,
     sustained="off",
 )  # fmt: skip
 SMALL = BenchSpec(
