@@ -189,7 +189,8 @@ class InductorRunner:
         return {
             "graph_breaks": tuple((reason, line, number) for (reason, line), number in self._heard.breaks.items()),
             "recompiles": tuple(self._heard.recompiles),
-            "cudagraph_skips": tuple(dict.fromkeys(self._heard.skips)),
+            # Inductor splits graphs for CUDA graphs, and says so, whether or not it was asked to record any.
+            "cudagraph_skips": tuple(dict.fromkeys(self._heard.skips)) if self._graphs else (),
             "num_graphs": self._reader.num_graphs,
         }
 

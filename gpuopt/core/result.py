@@ -312,6 +312,8 @@ WATERFALL_PARTS = (
     "unaccounted",
 )
 """Every waterfall has all of them in this order, whatever ran, so that two can be set side by side. Reports of older versions have fewer, and other names."""
+KERNELS_SCALED = "kernel times scaled by"
+"""In a waterfall's method: its kernels took longer or shorter in the timed loop than in the trace."""
 IDLE_PARTS = ("launch gaps", "synchronisation", "python and framework", "idle")
 """Parts in which the device waits, copies apart. In an older report `launch gaps` is all of it."""
 

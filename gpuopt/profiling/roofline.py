@@ -15,6 +15,8 @@ from gpuopt.core.result import CEILING_OF_DTYPE, Ceilings, Count, OpRecord, Roof
 
 SLACK = 0.05
 """A measured ceiling is a median of its own: another run may beat it by this much (clocks, heat) before the figure is refused."""
+OP_SLACK = 0.10
+"""The same for a single op of a trace: it runs after a pause, at clocks that a product of 8192 cubed does not keep (105% of it has been seen on an H200)."""
 NOTED = 0.02
 """Above the measured ceiling by more than this, a point carries the reason."""
 
@@ -140,7 +142,7 @@ def _check(record: OpRecord, ceilings: Ceilings, cache_bytes: int | None, slack:
     notes = []
     if record.flops:
         fast = any(_FAST_KERNEL.search(name) for name in record.kernels)
-        for kind, allowed in (("spec", 0.0), ("measured", slack)):
+        for kind, allowed in (("spec", 0.0), ("measured", max(slack, OP_SLACK))):
             peak = ceilings.flops(record.dtype, kind)
             if not peak:
                 continue
@@ -157,7 +159,7 @@ def _check(record: OpRecord, ceilings: Ceilings, cache_bytes: int | None, slack:
                     + ("; measure the ceilings again if the machine was busy then" if kind == "measured" else "")
                 )
             if kind == "measured" and excess > NOTED:
-                notes.append(f"above the measured {record.dtype} peak within its {100 * slack:.0f}% run-to-run slack")
+                notes.append(f"above the measured {record.dtype} peak within the {100 * allowed:.0f}% that clocks allow a single op")
     quantity = link_of(record) or "memory"
     if record.bytes:
         a_call = record.bytes / record.count

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 
-from gpuopt.core.result import WATERFALL_PARTS, Ceilings, OpRecord, Waterfall, WaterfallPart
+from gpuopt.core.result import KERNELS_SCALED, WATERFALL_PARTS, Ceilings, OpRecord, Waterfall, WaterfallPart
 from gpuopt.core.trace import Trace
 from gpuopt.profiling import gaps, passes
 
@@ -61,9 +61,7 @@ def _on_device(trace: Trace, wall_ns: float, ceilings: Ceilings, rows: list[OpRe
         # Kernels ran slower in the trace than in the timed loop (clocks), or timed calls overlapped: shrink, and say by how much.
         scale = wall_ns / busy_ns if busy_ns else 0.0
         parts = {name: ns * scale for name, ns in parts.items()}
-        method += (
-            f"; kernel times scaled by {scale:.3f}: the traced device was busy {busy_ns / 1e6:.4g} ms of a {wall_ns / 1e6:.4g} ms wall"
-        )
+        method += f"; {KERNELS_SCALED} {scale:.3f}: the traced device was busy {busy_ns / 1e6:.4g} ms of a {wall_ns / 1e6:.4g} ms wall"
         waiting: dict[str, float] = {}
     else:
         waiting, how = _waiting(idle, busy_ns, wall_ns - busy_ns, is_traced)
@@ -73,7 +71,9 @@ def _on_device(trace: Trace, wall_ns: float, ceilings: Ceilings, rows: list[OpRe
         if _runs_ahead(idle, busy_ns, is_traced) and 0 < slower <= DRIFT * working:
             # A device that is always fed is never idle: its kernels took longer than in the trace, which begins after a pause and at higher clocks.
             parts = {name: ns * (1 + slower / working) if name in _WORK else ns for name, ns in parts.items()}
-            method += f"; kernel times scaled by {1 + slower / working:.3f}: back to back they run slower than after the pauses of a trace (clocks)"
+            method += (
+                f"; {KERNELS_SCALED} {1 + slower / working:.3f}: back to back they run slower than after the pauses of a trace (clocks)"
+            )
     for name, ns in waiting.items():
         parts[name] = parts.get(name, 0.0) + ns
     if trace.num_lost:
@@ -159,11 +159,15 @@ def _details(
                 details[name] += f"; hidden under other work: {hidden / 1e6:.3g} of {total / 1e6:.3g} ms"
     for name in (passes.LAYOUT, passes.CASTS, passes.POINTWISE):
         if split.counts.get(name):
-            details[name] = f"{split.counts[name]:.3g} passes a call"
+            details[name] = _passes(split.counts[name])
     if split.unknown > 0.001:
         worst = max((passes.TENSOR, passes.OTHER), key=lambda n: parts.get(n, 0.0))
         details[worst] = f"{100 * split.unknown:.2g}% of the kernel time has no known count: placed by kernel name"
     return {name: text if parts.get(name) else "" for name, text in details.items()}
+
+
+def _passes(count: float) -> str:
+    return "1 pass a call" if count == 1 else f"{count:.3g} passes a call"
 
 
 def _exclusive(layers: list[list[Span]]) -> list[int]:
@@ -206,7 +210,7 @@ def _on_host(trace: Trace, wall_ns: float, ceilings: Ceilings, rows: list[OpReco
         method += f"; op times scaled by {scale:.3f} to the untraced wall"
     parts = {name: work_ns * scale * split.shares.get(name, 0.0) / working if working else 0.0 for name in _WORK}
     parts["python and framework"] = framework_ns
-    details = {name: f"{split.counts[name]:.3g} passes a call" for name in (passes.LAYOUT, passes.CASTS, passes.POINTWISE) if parts[name]}
+    details = {name: _passes(split.counts[name]) for name in (passes.LAYOUT, passes.CASTS, passes.POINTWISE) if parts[name]}
     if split.unknown > 0.001:
         details[passes.OTHER] = f"{100 * split.unknown:.2g}% of the time is in ops without a known count or ceiling"
     return _assemble(wall_ns / 1e6, {n: ns / 1e6 for n, ns in parts.items()}, details, method)

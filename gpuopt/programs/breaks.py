@@ -39,6 +39,8 @@ _FAILURE = re.compile(r"^(\d+/\d+): (.*)")
 _SPLIT = re.compile(r"^\s*\S+: reason=(?P<reason>.+?), ir=\w+(?:, fx=(?P<op>[^(]+))?")
 _SIZE = re.compile(r"size mismatch at index|stride mismatch at index")
 _OLD_SKIP = "skipping cudagraphs"
+_DISABLED = "cudagraphs is disabled"
+"""Said of every op of a graph that nobody wanted recorded."""
 
 PROBE_S = 60.0
 """No further size is tried after so long: tracing a large model takes some ten seconds a graph."""
@@ -124,7 +126,7 @@ class Heard:
         """An op between two CUDA graphs, and the lines of its stack, each a message of its own."""
         message = record.getMessage()
         found = _SPLIT.match(message)
-        if found is not None:
+        if found is not None and _DISABLED not in found["reason"]:
             text = f"{_OLD_SKIP} due to {found['reason']} in a part of the graph" + (f": {found['op']}" if found["op"] else "")
             if text not in (skip.partition("\n")[0] for skip in self.skips):
                 self.skips.append(text)

@@ -1,7 +1,8 @@
 """The records of a run -> rows by op, kernel, source line or place, and the module tree, each summing to one call. Pure.
 
 A row "?" holds what could not be attributed and `outside_ns` the time in which none of them ran, so that nothing is lost between a table and the wall time. Trace times that add
-up to more than the call took untraced (a profiler slows a CPU's ops down, streams of a GPU overlap) are scaled to it, as the waterfall's are.
+up to more than the call took untraced (a profiler slows a CPU's ops down, streams of a GPU overlap) are scaled to it, as the waterfall's are; where the waterfall scaled kernels
+for their clocks, these are scaled likewise.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gpuopt.core import kernels
-from gpuopt.core.result import ModuleRow, RooflinePoint, Run
+from gpuopt.core.result import KERNELS_SCALED, ModuleRow, RooflinePoint, Run
 
 UNKNOWN = "?"
+WAITING = ("copy calls", "launch gaps", "synchronisation", "python and framework", "idle", "unaccounted")
+"""Parts of the waterfall in which no kernel and no transfer runs."""
 _INDEX = re.compile(r"(^|\.)\d+(?=\.|$)")
 _OP = re.compile(r"(?:\w+\.)+\w+|memcpy .*")
 """Names of ops (`aten.mm`, `onnx.Conv`) and of our own rows of copies; what else stands under module "?" is a kernel's name."""
@@ -125,9 +128,12 @@ def _fit(run: Run) -> tuple[float, float]:
     """(what to multiply trace times by, the whole call in ns)."""
     recorded = math.fsum(point.time_ns or 0.0 for point in run.roofline)
     wall = run.waterfall.wall_ms * 1e6 if run.waterfall else (run.latency_ms.median * 1e6 if run.latency_ms else 0.0)
-    if wall <= 0:
-        return 1.0, recorded
-    return (min(1.0, wall / recorded) if recorded else 1.0), wall
+    if wall <= 0 or not recorded:
+        return 1.0, recorded if wall <= 0 else wall
+    if run.waterfall and KERNELS_SCALED in run.waterfall.method:  # up or down: the device was never idle, or busier than the call was long
+        waiting = math.fsum(p.ms for p in run.waterfall.parts if p.name in WAITING) * 1e6
+        return max(0.0, wall - waiting) / recorded, wall
+    return min(1.0, wall / recorded), wall
 
 
 def _sort_key(row: Row, sort: str) -> float:

@@ -17,7 +17,7 @@ from torch import nn
 from gpuopt import models
 from gpuopt.core.spec import Precision
 from recipes.predictions import modules
-from recipes.predictions.held_out import HELD_OUT
+from recipes.predictions.held_out import HELD_OUT, SEEN
 from recipes.predictions.pairs import FP32, HALF, NHWC, Defect, Side, tf32
 
 # -- models ---------------------------------------------------------------------------------------------------------------------------
@@ -332,5 +332,5 @@ TABLE = (
 )  # fmt: skip
 """Different kinds first: a run that ends early has seen them."""
 
-DEFECTS: Mapping[str, Defect] = {defect.name: defect for defect in (*HELD_OUT, *TABLE)}
+DEFECTS: Mapping[str, Defect] = {defect.name: defect for defect in (*HELD_OUT, *TABLE, *SEEN)}
 """All pairs by name, in the order they are measured: those held out first, so that a run that ends early has them."""

@@ -1,4 +1,5 @@
-"""Pairs on other models than the rules were tried on: ViT, GPT-2 and ResNet-50. None of them was measured while a rule's price was being worked on, so they say how far prices carry.
+"""Pairs on other models than the rules were tried on: ViT, GPT-2 and ResNet-50. Those in `HELD_OUT` were never measured while a rule's price was being worked on, so they say how far prices carry: a pair
+whose miss leads to a better price moves to `SEEN`.
 
 The models are built from transformers' configurations with random weights; `small` builds tiny siblings of the same classes.
 """
@@ -191,14 +192,6 @@ HELD_OUT = (
         bad=lambda small: scores(small, aligned=False), fixed=lambda small: scores(small, aligned=True),
     ),
     Defect(
-        name="resnet50-launch-bound", code="GPU404", what="ResNet-50 fp16 channels_last, batch 1, eager", change="CUDA graph",
-        bad=convolves(1, transforms=NHWC), fixed=convolves(1, transforms=NHWC, backend="cudagraphs"),
-    ),
-    Defect(
-        name="vit-autocast", code="GPU205", what="ViT-base, fp32 weights under bf16 autocast, batch 64", change="bf16 weights",
-        bad=autocast, fixed=looks(64, FP32, precision=Precision.BF16),
-    ),
-    Defect(
         name="gpt2-gelu-by-hand", code="GPU408", what="GPT-2 fp16, 8 x 1024, transformers' gelu_new in eight passes", change="torch.compile",
         bad=reads(8, 1024, activation="gelu_new"), fixed=reads(8, 1024, activation="gelu_new", backend="inductor"),
     ),
@@ -208,3 +201,15 @@ HELD_OUT = (
     ),
 )  # fmt: skip
 """In the order they are measured."""
+
+SEEN = (
+    Defect(
+        name="resnet50-launch-bound", code="GPU404", what="ResNet-50 fp16 channels_last, batch 1, eager", change="CUDA graph",
+        bad=convolves(1, transforms=NHWC), fixed=convolves(1, transforms=NHWC, backend="cudagraphs"),
+    ),
+    Defect(
+        name="vit-autocast", code="GPU205", what="ViT-base, fp32 weights under bf16 autocast, batch 64", change="bf16 weights",
+        bad=autocast, fixed=looks(64, FP32, precision=Precision.BF16),
+    ),
+)  # fmt: skip
+"""Held out in the first run; their misses led to better prices since, so that they are no more."""

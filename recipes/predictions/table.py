@@ -44,7 +44,7 @@ def render(found: Predictions | None, explanations: Mapping[str, str] | None = N
     if held_out:
         lines += [
             "Misses of earlier runs led to better prices, so most pairs have been seen by whoever wrote the rules. Those of the second table were held out: other models, measured "
-            f"for the first time in this run. {_told(held_out)}",
+            f"for the first time in this run; one whose miss leads to a better price is not held out in the next. {_told(held_out)}",
             "",
         ]
     lines += _table([row for row in found.rows if not row.held_out], why)

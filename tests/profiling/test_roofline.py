@@ -64,11 +64,11 @@ def test_flops_above_the_data_sheet_are_refused_with_count_and_peak(h200):
 
 def test_flops_above_the_measured_peak_are_noted_within_the_slack_and_refused_beyond(h200):
     (point,) = points([record(764e9 * 1.04, 1.0, 1e6)], h200, cache_bytes=None)
-    assert "slack" in point.note
+    assert "that clocks allow" in point.note
     assert points([record(764e9 * 1.01, 1.0, 1e6)], h200, cache_bytes=None)[0].note == ""
     with pytest.raises(ImpossibleFigure, match="measured float16 peak"):
-        points([record(764e9 * 1.06, 1.0, 1e6)], h200, cache_bytes=50 * MB)
-    assert "slack" in points([record(764e9 * 1.06, 1.0, 1e6)], h200, cache_bytes=None, slack=0.10)[0].note
+        points([record(764e9 * 1.11, 1.0, 1e6)], h200, cache_bytes=50 * MB)
+    assert "that clocks allow" in points([record(764e9 * 1.11, 1.0, 1e6)], h200, cache_bytes=None, slack=0.12)[0].note
 
 
 def test_a_working_set_that_fits_the_cache_may_beat_the_memory(h200):

@@ -193,6 +193,16 @@ def test_an_op_between_two_parts_of_a_cuda_graph_is_a_skip_with_its_line() -> No
     )
 
 
+def test_a_graph_that_nobody_wanted_recorded_is_no_skip() -> None:
+    """As torch 2.11 logs it on a GPU of every op of a plain torch.compile."""
+    found, log = breaks.Heard(), logging.getLogger("torch._inductor.scheduler.__cudagraphs")
+    with found.listening():
+        reason = "partition includes all ops when cudagraphs is disabled"
+        log.debug("    %s: %s", "op7", f"reason={reason}, ir=ExternKernelOut, fx=aten.addmm.default(arg0_1, arg1_1, permute)")
+        log.debug("         %s", 'File "/srv/app/model.py", line 31, in forward')
+    assert found.skips == []
+
+
 def test_a_break_inside_torch_is_placed_in_the_users_code_around_it() -> None:
     text = (
         f"Graph break in user code at {breaks._LIBRARY}nn/functional.py:99\nGraph Break Reason: Unsupported thing\n  Explanation: why\n\n"

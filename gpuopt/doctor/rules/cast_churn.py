@@ -96,11 +96,15 @@ def _cast(trace: Trace, op: int | None) -> CpuOp | None:
 
 
 def _target(group: list[Kernel]) -> Precision | None:
-    """What the casts turn into, where the longest kernel's name says it."""
-    name = max(group, key=lambda k: k.dur_ns).name
-    if "bfloat16_copy" in name:
-        return Precision.BF16
-    return Precision.FP16 if "float16_copy" in name else None
+    """What most of the casts turn into, by time, among those whose kernel's name says it."""
+    times = {Precision.BF16: 0, Precision.FP16: 0}
+    for kernel in group:
+        if "bfloat16_copy" in kernel.name:
+            times[Precision.BF16] += kernel.dur_ns
+        elif "float16_copy" in kernel.name:
+            times[Precision.FP16] += kernel.dur_ns
+    target = max(times, key=lambda precision: times[precision])
+    return target if times[target] else None
 
 
 RULE = Rule(

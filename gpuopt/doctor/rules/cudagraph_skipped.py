@@ -65,7 +65,7 @@ def _short(reason: str) -> str:
     if found >= 0:
         text = text[found + len("skipping cudagraphs") :].lstrip()
         text = text.removeprefix("due to ").removeprefix("because ").lstrip(": ")
-    text = text.partition(" Found from")[0].rstrip(" .:")
+    text = text.partition(" Found from")[0].partition(' File "')[0].rstrip(" .:")
     return text[:160] or "Inductor gave no reason"
 
 

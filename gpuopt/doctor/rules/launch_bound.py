@@ -15,8 +15,8 @@ MIN_SHARE = 0.15
 """Of the call in gaps: below, a graph gives back little for the freedom it takes."""
 MIN_KERNELS = 10
 """A call: one kernel does not wait for another's launch."""
-GRAPH_NS = 1_000
-"""Between two kernels of one graph."""
+GRAPH_NS = 500
+"""Between two kernels of one graph: ResNet-50 at batch 1 is 0.12 ms longer than its 280 kernels."""
 REPLAY_NS = 20_000
 """For the host to replay a graph."""
 GRAPHED = {
@@ -38,6 +38,8 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     waits_ms = evidence.waterfall.ms("synchronisation")
     graphed = [k for k in trace.kernels if k.graph_id is not None]
     left_ms = (num_kernels * GRAPH_NS + REPLAY_NS) / 1e6
+    # Gaps before kernels that were queued in time shrink too: a graph's launches are the device's own.
+    gaps_ms = timeline.between_ms(evidence, *timeline.LAUNCHING, "idle") or 0.0
     must_sync = any(call.op is not None for call, ns in timeline.waits(trace) if ns)
     change = None if must_sync or graphed else _change(evidence)
     finding = Finding(
@@ -50,14 +52,14 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         else "first take the waits out of forward (GPU104, GPU106), then CUDA graphs: torch.compile(mode='reduce-overhead')",
         op="cudaLaunchKernel",
         count=round(num_kernels),
-        time_ms=own_ms,
+        time_ms=max(own_ms, gaps_ms),
         change=change,
     )
     if graphed:
         share = len(graphed) / max(1, len(trace.kernels))
-        yield priced(finding, (own_ms - left_ms) * (1 - share), low=0.5, high=1.0, wall_ms=wall_ms)
+        yield priced(finding, (gaps_ms - left_ms) * (1 - share), low=0.5, high=1.0, wall_ms=wall_ms)
         return
-    yield priced(finding, own_ms - left_ms, low=0.7, high=1.1, wall_ms=wall_ms)
+    yield priced(finding, gaps_ms - left_ms, low=0.7, high=1.1, wall_ms=wall_ms)
 
 
 def _change(evidence: Evidence) -> Change | None:

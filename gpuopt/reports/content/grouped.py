@@ -155,7 +155,7 @@ def _notes(run: Run, by: str, found: groups.Groups, shown: Sequence[groups.Row],
 
 def scaled(run: Run, scale: float) -> list[str]:
     """What to say of times that are not as the trace has them."""
-    if scale >= 0.9995:
+    if abs(scale - 1.0) < 0.0005:
         return []
     why = "kernels of several streams overlap, or clocks differed" if on_device(run) else "tracing slows each op down"
     return [f"times are the trace's × {f.digits(scale)}, so that they add up to the untraced call: {why}"]
