@@ -1,4 +1,4 @@
-# make venv | demo | test | check | gpu | schema | docs | flops | predictions | clean
+# make venv | demo | test | check | gpu | schema | docs | flops | predictions | attribution | rules | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,6 +12,8 @@ help:
 	@echo "make gpu     the tests that need an NVIDIA GPU"
 	@echo "make flops   hand counts of FLOPs against the counter: docs/flops.md"
 	@echo "make predictions   the doctor's predicted gains against measured ones, on a GPU: docs/predictions.md"
+	@echo "make attribution   the share of a profile's time that has a module, on a GPU: docs/attribution.md"
+	@echo "make rules   each rule of the doctor on its seeded defect and on every clean twin"
 	@echo "make docs    the pages made from the code: commands, doctor, schemas, README tables"
 	@echo "make schema  rewrite docs/report.schema.json and docs/manifest.schema.json"
 
@@ -52,10 +54,16 @@ flops: venv
 predictions: venv
 	$(BIN)/python -m recipes.predictions.run; code=$$?; $(BIN)/python -m recipes.predictions.table; exit $$code
 
+attribution: venv
+	$(BIN)/python -m recipes.attribution.run; code=$$?; $(BIN)/python -m recipes.attribution.table; exit $$code
+
+rules: venv
+	$(BIN)/python -m pytest tests/doctor/test_matrix.py -n 0 -v
+
 demo: venv
 	$(BIN)/python recipes/demo.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache demo-out
 
-.PHONY: help venv check test gpu schema docs flops predictions demo clean
+.PHONY: help venv check test gpu schema docs flops predictions attribution rules demo clean
