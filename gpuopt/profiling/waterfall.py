@@ -57,6 +57,8 @@ def _on_device(trace: Trace, wall_ns: float, ceilings: Ceilings, rows: list[OpRe
     parts.update(exposed)
     idle = gaps.idle(trace)
     method = f"device busy time from a trace of {steps} calls (union over streams), idle time from the untraced wall time"
+    if not is_traced:
+        method += f"; a traced call took {sum(s.dur_ns for s in trace.steps) / steps / 1e6:.4g} ms"
     if busy_ns > wall_ns:
         # Kernels ran slower in the trace than in the timed loop (clocks), or timed calls overlapped: shrink, and say by how much.
         scale = wall_ns / busy_ns if busy_ns else 0.0

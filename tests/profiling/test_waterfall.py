@@ -183,6 +183,13 @@ def test_a_host_that_runs_ahead_makes_the_head_of_a_traced_call_nobodys_fault(ti
     assert "scaled" not in found.method
 
 
+def test_what_tracing_cost_is_said(timeline, h200):
+    timeline.step(0, 1500)
+    timeline.kernel("gemm", launch=10, start=20, dur=900)
+    assert "a traced call took 1.5 ms" in build(timeline.trace(), 1.0, h200, [COMPUTE]).method
+    assert "a traced call" not in build(timeline.trace(), 1.5, h200, [COMPUTE], is_traced=True).method
+
+
 def test_passes_that_change_no_value_are_avoidable(timeline, h200):
     timeline.step(0, 1000)
     timeline.op("aten::copy_", 0, 5, [[8, 8], [8, 8]])
@@ -191,7 +198,7 @@ def test_passes_that_change_no_value_are_avoidable(timeline, h200):
     timeline.kernel("gemm", launch=7, start=160, dur=300)
     found = build(timeline.trace(), 0.45, h200, [COMPUTE])
     assert parts(found) == only(layout=0.1, casts=0.05, tensor=0.3)
-    assert detail(found, "avoidable: layout") == "1 passes a call"
+    assert detail(found, "avoidable: layout") == "1 pass a call"
 
 
 def test_a_copy_is_a_cast_a_layout_change_or_a_write_by_the_op_that_made_it(timeline, h200):
