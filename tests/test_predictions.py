@@ -23,7 +23,7 @@ from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.rule import rules
 from gpuopt.pipeline import environment, facts
 from gpuopt.pipeline.isolate import ChildFailed
-from gpuopt.pipeline.session import describe_transforms, own_precision
+from gpuopt.pipeline.asked import describe_transforms, own_precision
 from gpuopt.profiling import count
 
 ROOT = Path(__file__).parent.parent

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import signal
 import sys
@@ -57,9 +58,15 @@ COMMANDS: dict[str, dict[str, Callable[..., int]]] = {
 }
 """Panel of the help -> command -> function."""
 
+
+def _unwrapped(command: Callable[..., int]) -> str:
+    """Its docstring with one line a paragraph: Typer keeps the line ends of the source, which are not those of a terminal."""
+    return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(command.__doc__ or "").split("\n\n"))
+
+
 for _panel, _commands in COMMANDS.items():
     for _name, _command in _commands.items():
-        app.command(_name, rich_help_panel=_panel)(_command)
+        app.command(_name, help=_unwrapped(_command), rich_help_panel=_panel)(_command)
 
 
 def _print_version(asked: bool) -> None:

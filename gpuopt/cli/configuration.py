@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,21 @@ KNOWN = {"ignore": list}
 
 
 def ignored(asked: list[str] | None) -> tuple[str, ...]:
-    """Rules to leave out: those of the configuration, then those of the command line. Raises UsageError for a file that cannot be read."""
-    return tuple(dict.fromkeys([*_read().get("ignore", []), *(asked or [])]))
+    """Rules to leave out: those of the configuration, then those of the command line. Raises UsageError for a file that cannot be read, and for what is no rule."""
+    return tuple(dict.fromkeys(_rule(word) for word in [*_read().get("ignore", []), *(asked or [])]))
+
+
+def _rule(word: str) -> str:
+    """A code or name as the rules have it: with a slip of the pen the rule would speak, and nobody would know why."""
+    from gpuopt.doctor.rule import rules  # only where one is left out: there are many
+
+    table = rules()
+    names = [*table, *(rule.name for rule in table.values())]
+    found = next((name for name in names if name.lower() == word.strip().lower()), None)
+    if found is None:
+        near = difflib.get_close_matches(word, names, n=1)
+        raise UsageError(f"there is no rule {word!r} to ignore", fix=f"did you mean {near[0]}?" if near else "gpuopt doctor --explain all")
+    return found
 
 
 def _read() -> dict[str, Any]:

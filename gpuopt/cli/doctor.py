@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
+
 from gpuopt.cli import options as o
 
 
@@ -58,7 +62,7 @@ def doctor(
     if explain is not None:
         from gpuopt.doctor import handbook
 
-        streams.emit(handbook.text(explain))
+        streams.emit(_readable(handbook.text(explain)))
         return 0
     if fail_on is not None and fail_on not in verb.SEVERITIES:
         raise UsageError(f"--fail-on {fail_on!r} is unknown", fix="one of: " + ", ".join(verb.SEVERITIES))
@@ -79,3 +83,18 @@ def doctor(
         command=r.command_line(),
     )
     return run(r.checked(job), verb.doctor, json=json, quiet=quiet, force=force, ask=not no_input)
+
+
+def _readable(page: str) -> str:
+    """Markdown with its prose broken between words for a terminal; code, tables and what is piped stay as they are."""
+    from gpuopt.cli import streams
+
+    if not streams.is_terminal(sys.stdout):
+        return page
+    width = shutil.get_terminal_size().columns
+    lines, is_code = [], False
+    for line in page.splitlines():
+        is_code ^= line.startswith("```")
+        keep = is_code or not line or line.startswith(("|", "```"))
+        lines += [line] if keep else textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines) + "\n"

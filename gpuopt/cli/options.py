@@ -23,12 +23,12 @@ def _option(*names: str, help: str, panel: str, **more: Any) -> Any:
 MODEL_HELP = "A model file (.pt .pt2 .safetensors .onnx), a transformers folder or hf:ID@REVISION, package.module:factory, file.py:factory, or a bundle."
 
 ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
-ModelsArg = Annotated[list[str], typer.Argument(metavar="MODEL...", help=MODEL_HELP, show_default=False)]
-MaybeModelArg = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP, show_default=False)]
+ModelsArg = Annotated[list[str], typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+MaybeModelArg = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 
 ProgramArg = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[-- python SCRIPT ARGS...]", help="Or a program of yours, run once as it stands.", show_default=False),
+    typer.Argument(metavar="-- python SCRIPT ARGS", help="Or a program of yours, run once as it stands.", show_default=False),
 ]
 TraceOpt = Annotated[
     str | None,
@@ -208,7 +208,8 @@ MinTflopsOpt = Annotated[float | None, _option("--min-tflops", help="Least TFLOP
 MaxLatencyOpt = Annotated[str | None, _option("--max-latency", metavar="TIME", help="Longest median a call, as in 15ms.", panel=GATES)]
 BaselineOpt = Annotated[str | None, _option("--baseline", metavar="FILE", help="An earlier report to compare with.", panel=GATES)]
 MaxSlowdownOpt = Annotated[
-    str | None, _option("--max-slowdown", metavar="PERCENT", help="Against the baseline, as in 5%. Default 5%.", panel=GATES)
+    str | None,
+    _option("--max-slowdown", metavar="PERCENT", help="Against the baseline, or the run before, as in 5%. Default 5%.", panel=GATES),
 ]
 InconclusiveOpt = Annotated[
     bool, _option("--allow-inconclusive", help="A comparison too noisy to decide, or of unlike things, does not fail.", panel=GATES)
@@ -220,7 +221,7 @@ IgnoreOpt = Annotated[
     _option(
         "--ignore",
         metavar="CODE|NAME",
-        help="Leave this rule out, as in GPU307. Repeatable; gpuopt.toml or [tool.gpuopt] in pyproject.toml may list more under `ignore`.",
+        help="Leave this rule out, as in GPU307. Repeatable; `ignore` in gpuopt.toml, or under tool.gpuopt in pyproject.toml, lists more.",
         panel=DOCTOR,
     ),
 ]
@@ -297,7 +298,7 @@ RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file.",
 ReportArg = Annotated[str, typer.Argument(metavar="FILE", help="A report written with --json.", show_default=False)]
 BeforeArg = Annotated[str, typer.Argument(metavar="BEFORE", help="A report written with --json.", show_default=False)]
 AfterArg = Annotated[
-    str | None, typer.Argument(metavar="[AFTER]", help="A later one; without it, runs of the first are compared.", show_default=False)
+    str | None, typer.Argument(metavar="AFTER", help="A later one; without it, runs of the first are compared.", show_default=False)
 ]
 RunOpt = Annotated[
     list[str] | None,
@@ -308,6 +309,6 @@ RunOpt = Annotated[
         panel=OUTPUT,
     ),
 ]
-TrustedArg = Annotated[list[str] | None, typer.Argument(metavar="FILE|SHA256...", help="What to trust.", show_default=False)]
+TrustedArg = Annotated[list[str] | None, typer.Argument(metavar="FILE|SHA256", help="What to trust.", show_default=False)]
 ListOpt = Annotated[bool, _option("--list", help="Everything trusted.", panel=MODEL)]
 ForgetOpt = Annotated[bool, _option("--forget", help="Take the consent back.", panel=MODEL)]

@@ -55,7 +55,7 @@ def _group() -> Any:
 
 def _command(name: str, command: Any) -> list[str]:
     paragraphs = [" ".join(part.split()) for part in (command.help or "").split("\n\n")]
-    usage = " ".join(["gpuopt", name, *(param.metavar for param in command.params if param.param_type_name == "argument"), "[OPTIONS]"])
+    usage = " ".join(["gpuopt", name, *(_names(param) for param in command.params if param.param_type_name == "argument"), "[OPTIONS]"])
     lines = [f"### gpuopt {name}", "", f"`{usage}`", ""]
     for paragraph in paragraphs:
         example = paragraph.removeprefix("Example: ")
@@ -80,7 +80,8 @@ def _cell(text: str) -> str:
 
 def _names(param: Any) -> str:
     if param.param_type_name == "argument":
-        return str(param.metavar)
+        name = f"{param.metavar}..." if param.nargs == -1 else str(param.metavar)
+        return name if param.required else f"[{name}]"
     return ", ".join((*param.opts, *param.secondary_opts))
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from gpuopt.cli import options as o
-from gpuopt.cli.streams import emit, require_writable, write_whole
+from gpuopt.cli.streams import emit, require_writable, tell, write_whole
 from gpuopt.core.errors import UsageError
 from gpuopt.reports import FORMATS, WITH_VIEW
 
@@ -43,6 +43,8 @@ def report(
             raise UsageError("the output is the report itself", fix="another -o")
         require_writable(Path(output))
     found = codec.read_json(Report, Path(file))
+    if by and not any(run.roofline or run.modules for run in found.runs):
+        tell(f"--by {by} has nothing to group: no run of this report was profiled (gpuopt profile --json writes one that was)\n")
     if format == "console" and output in (None, "-"):
         emit(rendered(found, view))
         return 0

@@ -8,6 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+KINETO_DTYPES = {
+    "float": "float32",
+    "double": "float64",
+    "c10::Half": "float16",
+    "c10::BFloat16": "bfloat16",
+    "signed char": "int8",
+    "unsigned char": "uint8",
+    "c10::Float8_e4m3fn": "float8_e4m3fn",
+    "c10::Float8_e5m2": "float8_e5m2",
+    "long int": "int64",
+    "int": "int32",
+    "bool": "bool",
+}
+"""A dtype as Kineto writes it, and traces carry it -> torch's name."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:

@@ -45,7 +45,7 @@ LOOKS_AT = {
 
 
 def text(asked: str) -> str:
-    """The page of one rule by code or name, or all of them. Raises UsageError with the nearest names."""
+    """The page of one rule by code or name, or all of them. Raises UsageError, with the names near it."""
     table = rules()
     if asked == "all":
         return book()
@@ -53,8 +53,9 @@ def text(asked: str) -> str:
         if asked.upper() == rule.code or asked.lower() == rule.name:
             return page(rule, level=1)
     names = [*table, *(rule.name for rule in table.values())]
-    near = difflib.get_close_matches(asked, names, n=3) or list(table)[:3]
-    raise UsageError(f"there is no rule {asked!r}", fix=f"nearest: {', '.join(near)}; --explain all shows every one")
+    near = difflib.get_close_matches(asked, names, n=3)
+    told = f"did you mean {' or '.join(near)}? " if near else ""
+    raise UsageError(f"there is no rule {asked!r}", fix=f"{told}--explain all shows every one")
 
 
 def page(rule: Rule, *, level: int = 3) -> str:

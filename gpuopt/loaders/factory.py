@@ -65,7 +65,7 @@ def build(text: str) -> Built:
     target: Any = module
     for part in attribute.split("."):
         if not hasattr(target, part):
-            raise UsageError(f"{where} has no {part!r}", fix=_did_you_mean(part, [n for n in dir(target) if not n.startswith("_")]))
+            raise UsageError(f"{where} has no {part!r}", fix=_did_you_mean(part, _own(target)))
         target = getattr(target, part)
     result = target if isinstance(target, nn.Module) else _call(text, target)
     if not isinstance(result, nn.Module):
@@ -157,6 +157,13 @@ def _missing(what: str, error: ImportError) -> GpuoptError:
     if isinstance(error, ModuleNotFoundError) and package:
         return Unavailable(f"{what} needs the package {package!r}: {error}", fix=f"pip install {package}")
     return UsageError(f"importing {what} failed: {printable(str(error), limit=300)}", fix="import it by itself to see where")
+
+
+def _own(target: object) -> list[str]:
+    """Public names of a module or class that it defines itself and that can be called; all public ones where it has none: what it imports is no factory."""
+    names = [n for n in dir(target) if not n.startswith("_")]
+    home = getattr(target, "__name__", None)
+    return [n for n in names if callable(found := getattr(target, n, None)) and getattr(found, "__module__", None) == home] or names
 
 
 def _siblings(name: str) -> list[str]:

@@ -108,8 +108,8 @@ def versus(first: Run, second: Run) -> Versus | None:
     )
 
 
-def crossovers(runs: Sequence[Run], devices: Sequence[Device], found: Sequence[Curve]) -> tuple[Crossover, ...]:
-    """The first device against each other one: alike candidates each, and the fastest of each where there are several."""
+def crossovers(runs: Sequence[Run], devices: Sequence[Device], explained: Mapping[Key, Shares]) -> tuple[Crossover, ...]:
+    """The first device against each other one: alike candidates each, and the fastest of each where there are several. `explained`: shares by (`key`, batch)."""
     timed = [run for run in runs if _is_timed(run)]
     rows = []
     for other in devices[1:]:
@@ -119,12 +119,12 @@ def crossovers(runs: Sequence[Run], devices: Sequence[Device], found: Sequence[C
         for name in alike:
             one = next(run for run in mine if without_device(run) == name)
             sides = [{run.batch or 1: run for run in side if without_device(run) == name} for side in (mine, theirs)]
-            rows.append(_crossover(devices[0].id, other.id, what(one, timed), sides, found))
+            rows.append(_crossover(devices[0].id, other.id, what(one, timed), sides, explained))
         several = any(len(set(kind)) > 1 for kind in kinds) or not alike
         for scene in dict.fromkeys(_scene(run) for run in timed) if several else ():
             sides = [_fastest(run for run in side if _scene(run) == scene) for side in (mine, theirs)]
             if all(sides):
-                rows.append(_crossover(devices[0].id, other.id, _fastest_words(sides, timed), sides, found))
+                rows.append(_crossover(devices[0].id, other.id, _fastest_words(sides, timed), sides, explained))
     return tuple(row for row in rows if row.points)
 
 
@@ -160,39 +160,28 @@ def what(run: Run, among: Sequence[Run]) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _crossover(first: str, second: str, told: str, sides: Sequence[Mapping[int, Run]], found: Sequence[Curve]) -> Crossover:
+def _crossover(first: str, second: str, told: str, sides: Sequence[Mapping[int, Run]], explained: Mapping[Key, Shares]) -> Crossover:
     shared = sorted(sides[0].keys() & sides[1].keys())
     row = cross(first, second, [point for batch in shared if (point := versus(sides[0][batch], sides[1][batch])) is not None])
     decided = next((point for point in row.points if point.verdict in _SIGNS), None)
     if decided is None:
         return replace(row, what=told)
     loser = 0 if decided.verdict == "faster" else 1  # whoever loses at the smallest batch is who is to be explained
-    cause = _cause((first, second)[loser], sides[loser][decided.batch], _ms(sides[1 - loser][decided.batch]), found)
+    cause = _cause((first, second)[loser], sides[loser][decided.batch], _ms(sides[1 - loser][decided.batch]), explained)
     return replace(row, what=told, cause=cause)
 
 
-def _cause(device: str, run: Run, other_ms: float, found: Sequence[Curve]) -> Cause | None:
+def _cause(device: str, run: Run, other_ms: float, explained: Mapping[Key, Shares]) -> Cause | None:
     """What is measured to make it lose; None where nothing was, or where it would lose without it too."""
-    wanted = (run.device, run.model, run.backend, run.preset, run.precision, run.transforms, run.input_mode)
-    point = next(
-        (
-            point
-            for curve in found
-            if (curve.device, curve.model, curve.backend, curve.preset, curve.precision, curve.transforms, curve.input_mode) == wanted
-            and curve.dims == {k: v for k, v in run.dims.items() if k != "N"}
-            for point in curve.points
-            if point.batch == (run.batch or 1)
-        ),
-        None,
-    )
-    if point is None or point.waits is None:
+    seen = explained.get((*key(run), run.batch))
+    if seen is None:
         return None
-    kinds = {"launches": point.launches or 0.0, "waits": point.waits, "copies": point.copies or 0.0}
+    kinds = {"launches": seen.launches, "waits": seen.waits, "copies": seen.copies}
     # The narrowest word first: launches are a part of the waiting.
     for kind in sorted(("launches", "copies"), key=lambda k: -kinds[k]) + ["waits"]:
-        left_ms = point.latency_ms * (1 - kinds[kind])
+        left_ms = _ms(run) * (1 - kinds[kind])
         if kinds[kind] >= MIN_SHARE and left_ms < other_ms:
-            return Cause(device=device, batch=point.batch, kind=kind, share=kinds[kind], without_ms=left_ms, other_ms=other_ms)
+            return Cause(device=device, batch=run.batch or 1, kind=kind, share=kinds[kind], without_ms=left_ms, other_ms=other_ms)
     return None
 
 

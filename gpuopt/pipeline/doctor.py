@@ -38,7 +38,7 @@ def doctor(job: Job, progress: Progress | None = None) -> Report:
     if seat.error is not None and not any(f.severity == "error" for f in found):
         raise seat.error
     if job.fix and seat.ok:
-        found, more = _fixed(asked, machine, candidate, found, progress)
+        found, more = _fixed(asked, machine, candidate, seat.run, found, progress)
         runs = more or runs
     report = reporting.finish(job, machine.found, runs, progress)
     report = replace(report, findings=(*found, *(f for f in report.findings if f.code == "guessed-inputs")))
@@ -74,13 +74,13 @@ def _diagnosed(seat: Seat, job: Job, machine: Machine) -> tuple[Finding, ...]:
 
 
 def _fixed(
-    job: Job, machine: Machine, candidate: Candidate, found: tuple[Finding, ...], progress: Progress
+    job: Job, machine: Machine, candidate: Candidate, run: Run, found: tuple[Finding, ...], progress: Progress
 ) -> tuple[tuple[Finding, ...], list[Run]]:
     """Each change alone and all of them together, built, verified and timed in interleaved blocks with the model as it is; predicted beside measured."""
     wanted = [f for f in found if f.change is not None and (f.safe or job.unsafe_fixes)]
     changes = list({codec.digest(f.change): f.change for f in wanted if f.change is not None}.values())
     if not changes:
-        return found, []
+        return found, [replace(run, notes=(*run.notes, _nothing_to_fix(found)))]
     tried = [change.applied(candidate) for change in changes]
     together = _together(candidate, changes)
     if len(changes) > 1 and together not in tried:
@@ -111,6 +111,14 @@ def _fixed(
         gain_ms, decided = gains.get(codec.digest(finding.change), (None, False)) if finding.change is not None else (None, False)
         told.append(measured(finding, gain_ms, decided=decided))
     return tuple(told), [seat.run for seat in seats]
+
+
+def _nothing_to_fix(found: Iterable[Finding]) -> str:
+    """Why --fix changed nothing: somebody asked for it, and silence would read as done."""
+    held = sum(f.change is not None for f in found)
+    if not held:
+        return "--fix changed nothing: no finding here is a change that gpuopt makes by itself"
+    return f"--fix changed nothing: {held} of the findings may alter results, and --unsafe-fixes lets it make them"
 
 
 def _together(candidate: Candidate, changes: Iterable[Change]) -> Candidate:

@@ -173,12 +173,12 @@ def _device(foreign: Foreign, here: Device | None) -> tuple[Device, list[str]]:
     if here is not None and here.kind == device.kind and here.name == device.name and here.ceilings.rows:
         # The trace's own id stays: what else is known of this machine's device today was not true of that one then.
         return replace(device, ceilings=here.ceilings, cache_bytes=here.cache_bytes), [
-            f"ceilings are this machine's, which has a {device.name} too"
+            f"ceilings are this machine's, whose device is {device.name} too"
         ]
     found = peaks.spec_ceilings(device)
     if found.rows:
         return replace(device, ceilings=found), [
-            f"ceilings are the data sheet's of a {device.name}, by the name in the trace: none was measured there"
+            f"ceilings are the data sheet's of {device.name}, by the name in the trace: none was measured there"
         ]
     return replace(device, ceilings=found), [f"no ceilings: {note}" for note in found.notes]
 

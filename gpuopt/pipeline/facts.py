@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gpuopt.core.result import (
@@ -18,6 +19,9 @@ from gpuopt.core.result import (
     Useful,
     Waterfall,
 )
+
+ProgressCall = Callable[[float | None, str], None]
+"""Told by a step while it works: (share done or None, what it does)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -120,7 +120,7 @@ def bench(job: Job, progress: Progress, machines: list[Machine]) -> Report:
     devices = [machine.device for machine in machines]
     curves = tuple(curve for curve in found if curve is not None)
     runs = state.order
-    whole = Sweep(curves=curves, crossovers=crossing.crossovers(runs, devices, curves))
+    whole = Sweep(curves=curves, crossovers=crossing.crossovers(runs, devices, state.explained))
     return reporting.finish(job, machines[0].found, runs, progress, devices=devices, sweep=whole)
 
 

@@ -16,10 +16,12 @@ import torch
 
 from gpuopt import converters
 from gpuopt.accuracy import compare
+from gpuopt.backends import load_backend
 from gpuopt.converters import precision as precisions
 from gpuopt.core.errors import Unsupported
 from gpuopt.core.live import Inputs, Model
 from gpuopt.core.spec import Precision, Transforms
+from gpuopt.pipeline.asked import own_precision
 
 Named = list[tuple[str, Any]]
 """Outputs flattened to dotted names and tensors."""
@@ -130,3 +132,21 @@ def _same(a: Any, b: Any) -> bool:
 def _same_inputs(before: Inputs, after: Inputs) -> bool:
     pairs = [*zip(before.args, after.args, strict=True), *((before.kwargs[k], after.kwargs[k]) for k in before.kwargs)]
     return all(_same(a, b) for a, b in pairs)
+
+
+def reference_of_file(model: Model, batches: list[Inputs]) -> Reference:
+    """Forms without parameters to widen: ONNX Runtime's CPU provider for ONNX, the script itself for TorchScript."""
+    if model.form == "torchscript":
+        return Reference(
+            outputs=eager_outputs(model, own_precision(model), batches, "cpu"),
+            kind=f"{own_precision(model)}: TorchScript cannot be widened",
+        )
+    backend = load_backend("ort")
+    own = own_precision(model)
+    given = batches[0].map(lambda t: cast(t, getattr(torch, own.dtype), "cpu"))
+    runner = backend.build(model, given, {"preset": "basic", "precision": own.value, "dynamic": {}})
+    try:
+        outputs, _, _ = runner_outputs(runner, batches, getattr(torch, own.dtype), "cpu")
+    finally:
+        runner.close()
+    return Reference(outputs=outputs, kind=f"{own}: ONNX Runtime's CPU provider")

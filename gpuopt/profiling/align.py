@@ -61,7 +61,7 @@ def common(
 ) -> list[int | None]:
     """For each of `left` its partner's index in `right`, in one of the longest matches that keep both orders; None where it has none.
 
-    A match that is not the only one stands where `settled` says of its first and its last possible partner that it makes no difference.
+    A match that is not the only one stands where `settled` says of its last possible partner and each other one that it makes no difference.
     """
     kinds_left, kinds_right = list(dict.fromkeys(left)), list(dict.fromkeys(right))
     if not left or not right or len(left) * len(right) > MAX_CELLS:
@@ -71,7 +71,15 @@ def common(
     rows, columns = np.array([at_left[k] for k in left]), np.array([at_right[k] for k in right])
     late = _latest(table, rows, columns)
     early = [None if j is None else len(right) - 1 - j for j in reversed(_latest(table, rows[::-1], columns[::-1]))]
-    return [a if a is not None and b is not None and (a == b or settled(a, b)) else None for a, b in zip(late, early, strict=True)]
+    found: list[int | None] = []
+    for row, last, first in zip(rows, late, early, strict=True):
+        # Between its first and its last partner any other that fits may be its partner as well.
+        is_sure = last is not None and first is not None and (last == first or settled(last, first))
+        if is_sure and last is not None and first is not None and last - first > 1:
+            between = first + 1 + np.flatnonzero(table[row][columns[first + 1 : last]])
+            is_sure = all(settled(last, int(other)) for other in between)
+        found.append(last if is_sure else None)
+    return found
 
 
 def _latest(table: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> list[int | None]:

@@ -15,24 +15,10 @@ from dataclasses import dataclass, field, replace
 from gpuopt.core.launches import Launch
 from gpuopt.core.result import Ceilings, Count, KernelTime, ModuleRow, OpRecord
 from gpuopt.core.spec import DTYPE_BYTES
-from gpuopt.core.trace import CpuOp, Trace
+from gpuopt.core.trace import KINETO_DTYPES, CpuOp, Trace
 from gpuopt.profiling import formulas, launched, roofline
 
 UNKNOWN_MODULE = "?"
-
-_KINETO_DTYPES = {
-    "float": "float32",
-    "double": "float64",
-    "c10::Half": "float16",
-    "c10::BFloat16": "bfloat16",
-    "signed char": "int8",
-    "unsigned char": "uint8",
-    "c10::Float8_e4m3fn": "float8_e4m3fn",
-    "c10::Float8_e5m2": "float8_e5m2",
-    "long int": "int64",
-    "int": "int32",
-    "bool": "bool",
-}
 
 
 @dataclass(slots=True)
@@ -294,7 +280,7 @@ def _row_of(
             module=module,
             module_class=innermost.module_class,
             shapes=shapes,
-            dtype=next((_KINETO_DTYPES[t] for t in innermost.dtypes if t in _KINETO_DTYPES), None),
+            dtype=next((KINETO_DTYPES[t] for t in innermost.dtypes if t in KINETO_DTYPES), None),
         ),
     )
     row.instances.add((step, innermost.index))

@@ -58,7 +58,7 @@ def count(module_or_callable: Callable[..., Any], inputs: Inputs, *, tf32: bool 
         counter = _count_real(module_or_callable, inputs, tf32)
         method = "aten dispatch, one real run"
         reason = str(error).strip().partition("\n")[0][:160]
-        notes.append(f"fake tensors did not do ({type(error).__name__}: {reason}); the model was run once")
+        notes.append(f"fake tensors would not do ({type(error).__name__}: {reason}); the model was run once")
         if "data pointer" in str(error) or "not allocated" in str(error):
             notes.append(
                 "it reads tensors' memory directly (a C++ extension?): what is multiplied there is seen by no ATen op and not counted"

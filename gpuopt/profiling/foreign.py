@@ -88,7 +88,7 @@ class Foreign:
     device: Device | None
     """From `deviceProperties`: of the first device that ran something. None where the file does not say."""
     vendor: str
-    """`nvidia`, `amd`, `intel` or "" where nothing ran on a device, or nobody can tell."""
+    """`nvidia`, `amd` or `intel`; NVIDIA where nothing names another. "" where nothing ran on a device."""
     num_events: int
     """In the file, of any kind."""
     facts: dict[str, str] = field(default_factory=dict)

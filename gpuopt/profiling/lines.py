@@ -1,7 +1,7 @@
 """Python frames above a dispatched op -> the line of the model's own code that led to it, `modeling_bert.py:123`.
 
 The model's own code is a module's `forward` outside torch, and what that calls in its own file: a library's attention function is somebody's tool, the line that called it is
-the model's. Walked at every op, so what a frame is worth is remembered by its code object.
+the model's. Walked at every op, so what a file is worth is remembered.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -33,10 +33,13 @@ def of_model() -> str | None:
     frame: FrameType | None = sys._getframe(1)
     inner: dict[str, int] = {}
     while frame is not None and frame.f_code is not _OUTERMOST:
-        file, is_forward = _known.get(frame.f_code) or _look_at(frame.f_code)
+        code = frame.f_code
+        file = _known.get(code.co_filename)
+        if file is None:
+            file = _look_at(code.co_filename)
         if file:
             line = inner.setdefault(file, frame.f_lineno)
-            if is_forward:
+            if code.co_name == "forward" and code.co_varnames[:1] == ("self",):
                 return f"{os.path.basename(file)}:{line}"
         frame = frame.f_back
     first = next(iter(inner.items()), None)
@@ -53,19 +56,15 @@ def joined(places: Iterable[str]) -> str | None:
 
 
 _OUTERMOST = outermost.__code__
-_known: dict[CodeType, tuple[str, bool]] = {}
-"""Code -> (its file, "" where it cannot be the model's; whether it is a module's forward)."""
+_known: dict[str, str] = {}
+"""File of a code object -> the same, or "" where it cannot be the model's. Not by the code object: those of two files are equal where names, lines and bytecode are."""
 
 
-def _look_at(code: CodeType) -> tuple[str, bool]:
-    file = code.co_filename
-    if file.startswith("<"):  # made at run time: no file to open
-        file = ""
-    else:
-        real = os.path.realpath(file)
-        owner = next((folder for folder in _NOT_THE_MODEL if real.startswith(folder)), None)
-        if owner is not None and (owner != _NOT_THE_MODEL[2] or not real.startswith(_PACKAGES)):
-            file = ""
-    found = file, bool(file) and code.co_name == "forward" and code.co_varnames[:1] == ("self",)
-    _known[code] = found
+def _look_at(file: str) -> str:
+    if file.startswith("<"):  # made at run time: no file to open, and a new name each time
+        return ""
+    real = os.path.realpath(file)
+    owner = next((folder for folder in _NOT_THE_MODEL if real.startswith(folder)), None)
+    is_models = owner is None or (owner == _NOT_THE_MODEL[2] and real.startswith(_PACKAGES))
+    _known[file] = found = file if is_models else ""
     return found

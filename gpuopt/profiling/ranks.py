@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from typing import TypeVar
 
 from gpuopt.profiling.rows import CallRow, MarkRow, OpRow, Rows, WorkRow
@@ -20,12 +21,14 @@ def keep_process(rows: Rows, process: str) -> list[str]:
     Ranks count correlations on their own, so equal ones meet in one file: work on a device belongs to the last launch before it with its correlation and op.
     """
     launches: dict[tuple[int | None, int | None], list[tuple[float, str]]] = {}
-    for call in rows.calls:
+    for call in sorted(rows.calls, key=lambda call: call.ts):
         launches.setdefault((call.correlation, call.external_id), []).append((call.ts, process_of(call.thread)))
 
     def is_ours(work: WorkRow) -> bool:
-        before = [found for found in launches.get((work.correlation, work.external_id), ()) if found[0] <= work.ts]
-        return bool(before) and max(before)[1] == process
+        known = launches.get((work.correlation, work.external_id), [])
+        # A file without correlations has all of its launches under one key: no walk through them for every kernel.
+        at = bisect.bisect_right(known, work.ts, key=lambda launch: launch[0])
+        return at > 0 and known[at - 1][1] == process
 
     others = {process_of(op.thread) for op in rows.ops} - {process}
     rows.ops = [op for op in rows.ops if process_of(op.thread) == process]

@@ -227,7 +227,7 @@ def whole(count: Count, seconds: float, ceilings: Ceilings, *, slack: float = SL
         if share > 1.0 + allowed and (spared := _spared_by_winograd(count)) and (fp32 := peaks.get("float32")):
             if (busy - spared / fp32) / seconds <= 1.0 + allowed:
                 notes.append("above the peak: its 3x3 convolutions can be done with fewer multiplications (Winograd) than are counted")
-                percents[kind] = 100.0 * share
+                percents.setdefault(kind, 100.0 * share)
                 continue
         if share > 1.0 + allowed:
             used = ", ".join(f"{d} {p / 1e12:.4g} TFLOP/s" for d, p in peaks.items() if p)
@@ -257,7 +257,7 @@ def whole(count: Count, seconds: float, ceilings: Ceilings, *, slack: float = SL
         pct_of_sustained=None if sustained is None else 100.0 * sustained,
         pct_of_spec=percents["spec"],
         pct_of_roofline=roof,
-        ceiling_note="; ".join(notes),
+        ceiling_note="; ".join(dict.fromkeys(notes)),
         tflops_useful=useful.flops_useful / seconds / 1e12 if useful is not None and has_flops else None,
     )
 

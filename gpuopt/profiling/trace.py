@@ -37,7 +37,7 @@ def record(call: Callable[[], Any], device: str, *, steps: int = 3, warmup: int 
 
     Raises
     ------
-    Unavailable: nothing at all was recorded on a device that ran (CUPTI missing, or taken by another profiler).
+    Unavailable: in one of the runs nothing at all was recorded on a device that ran (CUPTI missing, or taken by another profiler).
     """
     is_cuda = device.startswith("cuda")
     # On a CPU the ops are the work, and their own times hold no ranges. Compiled code and graph replays have few ops to slow down, and no ranges at all.
@@ -47,7 +47,7 @@ def record(call: Callable[[], Any], device: str, *, steps: int = 3, warmup: int 
         else None
     )
     full = _run(call, device, steps=steps, warmup=1 if light is not None else warmup, with_modules=with_modules, with_shapes=True)
-    if is_cuda and not full.on_device:
+    if is_cuda and not all(found.on_device for found in (full, light) if found is not None):
         raise Unavailable(
             "the profiler recorded no kernel on a CUDA device",
             fix="stop other profilers (nsys, ncu, DCGM profiling), or check that libcupti of this torch build loads",

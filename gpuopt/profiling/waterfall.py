@@ -56,7 +56,7 @@ def _on_device(trace: Trace, wall_ns: float, ceilings: Ceilings, rows: list[OpRe
     # Work of no class cannot happen; what rounding leaves belongs to the largest.
     parts.update(exposed)
     idle = gaps.idle(trace)
-    method = f"device busy time from a trace of {steps} calls (union over streams), idle time from the untraced wall time"
+    method = f"device busy time from a trace of {_calls(steps)} (union over streams), idle time from the untraced wall time"
     if not is_traced:
         method += f"; a traced call took {sum(s.dur_ns for s in trace.steps) / steps / 1e6:.4g} ms"
     if busy_ns > wall_ns:
@@ -168,8 +168,13 @@ def _details(
     return {name: text if parts.get(name) else "" for name, text in details.items()}
 
 
+def _calls(count: int) -> str:
+    return "1 call" if count == 1 else f"{count} calls"
+
+
 def _passes(count: float) -> str:
-    return "1 pass a call" if count == 1 else f"{count:.3g} passes a call"
+    told = f"{count:.3g}"
+    return "1 pass a call" if told == "1" else f"{told} passes a call"
 
 
 def _exclusive(layers: list[list[Span]]) -> list[int]:
@@ -203,7 +208,7 @@ def _on_host(trace: Trace, wall_ns: float, ceilings: Ceilings, rows: list[OpReco
     working = 1.0 - split.shares.get(passes.OVERHEAD, 0.0) if split.shares else 0.0
     work_ns = min(ops_ns, span_ns) * working
     framework_ns = min(max(0.0, span_ns - work_ns), max(0.0, wall_ns - work_ns))
-    method = f"self times of ops from a trace of {steps} calls; dispatch and views are `python and framework`"
+    method = f"self times of ops from a trace of {_calls(steps)}; dispatch and views are `python and framework`"
     if span_ns > wall_ns:
         method += f"; tracing took {(span_ns - wall_ns) / 1e6:.3g} ms of {span_ns / 1e6:.4g} ms, taken off the framework's part first"
     scale = 1.0

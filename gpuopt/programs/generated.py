@@ -16,10 +16,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 from gpuopt.core.launches import Launch, LaunchKind, common
+from gpuopt.programs.stack_line import line_of
 
 _MARK = "Source Nodes: ["
 _SOURCES = re.compile(r"^\s*(?:#|//)\s*(?:Topologically Sorted|Unsorted) Source Nodes: \[(?P<nodes>.*?)\], Original ATen: \[(?P<ops>.*)\]")
@@ -38,8 +38,6 @@ _PARTITION = re.compile(r"(?<!def )\b(?:self\.partitions\[(?P<number>\d+)\]|part
 _RUN = re.compile(r"::run_impl\(|inductor_entry_impl\(")
 _KERNEL_NAME = re.compile(r"^(\w+) = async_compile\.triton\(\s*'(\w+)'", re.MULTILINE)
 _OUT = re.compile(r"_out$")
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)(?:, in (\S+))?')
-_NOT_THE_MODELS = re.compile(r"[/\\](?:site|dist)-packages[/\\]torch[/\\]|^<")
 _GETATTR = re.compile(r"getattr\(([^()]+), ['\"](\w+)['\"]\)")
 _SCOPE = re.compile(r"^[LG]\['[^']+'\]")
 _SUBSCRIPT = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
@@ -133,16 +131,6 @@ def qualified(path: str) -> str:
 def class_name(kind: Any) -> str:
     """Of a class, `<class 'torch.nn.Linear'>` or `torch.nn.Linear`: `Linear`."""
     return str(kind).rstrip("'>").rpartition(".")[2].rpartition("'")[2]
-
-
-def line_of(stack_trace: str) -> str:
-    """`modeling_bert.py:123`: of the innermost `forward` that is not torch's, or of what that calls in its own file; a library's function below is a tool, its caller the model."""
-    frames = [f for f in _FRAME.findall(stack_trace) if not _NOT_THE_MODELS.search(f[0])]
-    if not frames:
-        return ""
-    file = next((path for path, _, function in reversed(frames) if function == "forward"), frames[-1][0])
-    number = next(number for path, number, _ in reversed(frames) if path == file)
-    return f"{PurePath(file).name}:{number}"
 
 
 def launches(graphs: Iterable[Generated], classes: Mapping[str, str] | None = None) -> tuple[Launch, ...]:

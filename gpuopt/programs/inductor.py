@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch._inductor import cpp_builder, exc
@@ -51,6 +52,8 @@ def has_cpp_compiler() -> bool:
 
 
 _ONE_READER = threading.RLock()
+_TRIED = "benchmark_"
+"""Names of graphs that a choice of max-autotune consists of (torch/_inductor/codegen/subgraph.py)."""
 
 
 @contextmanager
@@ -62,18 +65,19 @@ def reading(into: list[generated.Generated]) -> Iterator[None]:
     """
     with _ONE_READER:
         original = GraphLowering.codegen
+        places: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
         def codegen(self: Any, *args: Any, **kwargs: Any) -> Any:
             found = original(self, *args, **kwargs)
-            if not getattr(self, "is_const_graph", False):  # that one runs when the weights are loaded, not in a call
+            # A constants' graph runs when the weights are loaded, one that autotuning tries out while it compiles: neither in a call.
+            if not self.is_const_graph and not str(self.name).startswith(_TRIED):
                 wrapper = found[0] if isinstance(found, tuple) else found
                 told = generated.Generated(code=str(getattr(wrapper, "value", "")), nodes=generated.nodes_of(self.module.graph))
-                at = getattr(self, "_gpuopt_read", None)
-                if at is None:
-                    self._gpuopt_read = len(into)
+                if self in places:  # a package may be generated twice, first to try its kernels out
+                    into[places[self]] = told
+                else:
+                    places[self] = len(into)
                     into.append(told)
-                else:  # a package may be generated twice, first to try its kernels out
-                    into[at] = told
             return found
 
         GraphLowering.codegen = codegen  # type: ignore[method-assign]

@@ -8,14 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gpuopt.programs.stack_line import line_of
+
 _SCOPES, _CLASSES, _STACK = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy", "pkg.torch.onnx.stack_trace"
 _LONGEST = 100_000
 """Characters of a metadata text that are read: a file may carry anything."""
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)(?:, in (\S+))?')
-_NOT_THE_MODELS = re.compile(r"-packages[/\\]torch[/\\]|[/\\]gpuopt[/\\]programs[/\\]")
-"""Frames of PyTorch and of the wrapper that gpuopt exports through."""
-_FOLDERS = re.compile(r"[/\\]")
 _ROOT = re.compile(r"^L\['self'\]\.?")
 _CALL = re.compile(r"@\d+")
 """torch.export marks the second call of one module: `layer@1`."""
@@ -43,7 +41,7 @@ def read(name: str, op_type: str, metadata: Mapping[str, str], inputs: Sequence[
     """The same from its parts. Metadata wins over the name; a name without scopes says nothing."""
     scopes, classes = _strings(metadata.get(_SCOPES, "")), _strings(metadata.get(_CLASSES, ""))
     if not scopes:
-        return NodeSource(module=_scope_path(name), line=_line(metadata.get(_STACK, "")))
+        return NodeSource(module=_scope_path(name), line=line_of(metadata.get(_STACK, "")[:_LONGEST]))
     module = _CALL.sub("", _ROOT.sub("", scopes[-2])) if len(scopes) > 1 else ""
     module_class = classes[-2].rpartition(".")[2] if len(classes) == len(scopes) > 1 else ""
     op = classes[-1] if classes else ""
@@ -52,7 +50,7 @@ def read(name: str, op_type: str, metadata: Mapping[str, str], inputs: Sequence[
         owner = next((i.rpartition(".")[0] for i in inputs if i.endswith(".weight")), None)
         if owner is not None:
             module, module_class, op = owner, "", ""
-    return NodeSource(module=module, module_class=module_class, line=_line(metadata.get(_STACK, "")), op=op)
+    return NodeSource(module=module, module_class=module_class, line=line_of(metadata.get(_STACK, "")[:_LONGEST]), op=op)
 
 
 def _strings(text: str) -> list[str]:
@@ -77,13 +75,3 @@ def _scope_path(name: str) -> str | None:
         else:
             parts.append(part)
     return ".".join(parts)
-
-
-def _line(stack: str) -> str:
-    """Of the innermost `forward` that is the model's, or of what that calls in its own file: a library's attention function is a tool, its caller is the model."""
-    frames = [f for f in _FRAME.findall(stack[:_LONGEST]) if not _NOT_THE_MODELS.search(f[0])]
-    if not frames:
-        return ""
-    file = next((path for path, _, function in reversed(frames) if function == "forward"), frames[-1][0])
-    number = next(number for path, number, _ in reversed(frames) if path == file)
-    return f"{_FOLDERS.split(file)[-1]}:{number}"

@@ -296,7 +296,6 @@ class _Waterfall:
         names = max((Text(bar.label).cell_len for bar in bars), default=0)
         values = max((len(bar.value) for bar in bars), default=0)
         room = options.max_width - names - values - 14
-        details = max((len(bar.detail) for bar in bars), default=0)
         width = max(8, min(40, room))
         detail_room = room - width - 2
         start = 0.0
@@ -306,10 +305,12 @@ class _Waterfall:
             line.append_text(_placed(bar, start, width))
             line.append(f"  {bar.value:>{values}}", style="bold" if bar.share >= 0.25 else "")
             line.append(f" {_percent(bar.share):>5}")
-            if bar.detail and detail_room >= min(details, 24):
+            if bar.detail and len(bar.detail) <= detail_room:
                 line.append(f"  {bar.detail}", style="bright_black")
             yield line
             start += max(0.0, bar.share)
+        # Half a sentence says less than none: what has no room beside its bar stands below them, whole.
+        yield from _notes([f"{bar.label}: {bar.detail}" for bar in bars if len(bar.detail) > max(0, detail_room)])
         yield from _notes(self.bars.notes[1:])
 
 

@@ -66,7 +66,11 @@ def compare(before: Report, after: Report, *, threshold: float = DEFAULT_THRESHO
         others = new.get(name, [])
         if len(runs) > 1 or len(others) > 1:
             rows.append(
-                Comparison(run=label(runs[0]), verdict="inconclusive", reason="a report holds several runs that differ in options alone")
+                Comparison(
+                    run=label(runs[0]),
+                    verdict="inconclusive",
+                    reason="a report holds several runs of this name, of other options or inputs: --run chooses one",
+                )
             )
         elif not others:
             reason = f"not in the second report{_nearest(runs[0], after.runs)}"

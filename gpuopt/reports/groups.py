@@ -41,6 +41,8 @@ class Row:
     bytes: float | None = None
     floor_ns: float | None = None
     """Least time of those that have one."""
+    floored_ns: float = 0.0
+    """What those take that have one, of `time_ns`."""
     pct_of_ceiling: float | None = None
     """Floor over time of those that have a floor; None where they are less than half of the time."""
     bound: str = "unknown"
@@ -51,8 +53,8 @@ class Row:
 
     @property
     def gap_ns(self) -> float | None:
-        """Time above the floor; None without one."""
-        return None if self.floor_ns is None else max(0.0, self.time_ns - self.floor_ns)
+        """Time above the floor of those that have one: what has none may win nothing. None where none has."""
+        return None if self.floor_ns is None else max(0.0, self.floored_ns - self.floor_ns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,18 +103,25 @@ def added(rows: Sequence[Row], name: str) -> Row:
     moved = [r.bytes for r in rows if r.bytes is not None]
     floors = [r for r in rows if r.floor_ns is not None]
     time = math.fsum(r.time_ns for r in rows)
-    floored = math.fsum(r.time_ns for r in floors)
+    floored = math.fsum(r.floored_ns for r in floors)
     floor = math.fsum(r.floor_ns or 0.0 for r in floors)
     return Row(
         name=name,
         time_ns=time,
         calls=math.fsum(r.calls for r in rows),
-        flops=math.fsum(flops) if flops else None,
-        bytes=math.fsum(moved) if moved else None,
+        flops=_total(flops, of=len(rows)),
+        bytes=_total(moved, of=len(rows)),
         floor_ns=floor if floors else None,
+        floored_ns=floored,
         pct_of_ceiling=100.0 * floor / floored if floored and floored >= 0.5 * time else None,
         num_records=sum(r.num_records for r in rows),
     )
+
+
+def _total(known: Sequence[float], *, of: int) -> float | None:
+    """The sum of what is known; None where that is nothing, or nothing but zeros beside figures that are not known: "0 FLOP" would be a claim about those."""
+    total = math.fsum(known)
+    return total if known and (total or len(known) == of) else None
 
 
 def has_kernels(run: Run) -> bool:
@@ -229,10 +238,11 @@ class _Sum:
             kind=kinds.pop() if len(kinds) == 1 else "",
             time_ns=time * scale,
             calls=math.fsum(s.calls for s in shares),
-            flops=math.fsum(flops) if flops else None,
-            bytes=math.fsum(moved) if moved else None,
+            flops=_total(flops, of=len(shares)),
+            bytes=_total(moved, of=len(shares)),
             floor_ns=floor if floored else None,
-            pct_of_ceiling=100.0 * floor / under if under and under >= 0.5 * time else None,
+            floored_ns=under * scale,
+            pct_of_ceiling=100.0 * floor / (under * scale) if under * scale and under >= 0.5 * time else None,
             bound="unknown" if not bounds else bounds[0] if len(bounds) == 1 else "both",
             ceilings=tuple(_most((s.point.ceiling, s.time_ns) for s in floored if s.point.ceiling)),
             notes=tuple(dict.fromkeys(s.point.note for s in shares if s.point.note)) if by in ("op", "place") else (),

@@ -93,8 +93,8 @@ Command = Callable[..., Ended]
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Command]:
     """command(*words): everything that the command does, with its children in this process; only the ceilings are not measured."""
     from gpuopt.cli import app
-    from gpuopt.devices import null
-    from gpuopt.pipeline import isolate, session
+    from gpuopt.devices import ceilings, null
+    from gpuopt.pipeline import isolate
 
     children: list[Any] = []
 
@@ -103,7 +103,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         return children[-1]
 
     monkeypatch.setattr(isolate, "Child", child)
-    monkeypatch.setattr(session.measured_ceilings, "all_ceilings", lambda *_, **__: null.CEILINGS)
+    monkeypatch.setattr(ceilings, "all_ceilings", lambda *_, **__: null.CEILINGS)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m.py").write_text(MODELS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -207,3 +208,37 @@ def test_a_missed_gate_is_exit_1_with_the_figure_and_the_limit(fake: Callable[..
     done = fake("gate", "bench", "m")
     assert done.returncode == 1
     assert "40.0 ms, limit 15 ms" in done.stdout
+
+
+def _params() -> list[tuple[str, str]]:
+    group = reference._group()
+    return [
+        (f"{name} {param.name}", param.help) for name in COMMANDS for param in group.commands[name].params if getattr(param, "help", None)
+    ]
+
+
+@pytest.mark.parametrize(("where", "text"), _params(), ids=[where for where, _ in _params()])
+def test_no_word_of_a_help_text_is_taken_for_markup(where: str, text: str) -> None:
+    from rich.text import Text
+
+    assert Text.from_markup(text).plain == text, where
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_broken_where_the_terminal_ends_and_not_where_the_source_does(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert app.run([command, "--help"]) == 0
+    prose = capsys.readouterr().out.split("╭")[0].splitlines()
+    for line, following in itertools.pairwise(prose):
+        if line.strip() and following.strip():  # the next word did not fit
+            assert len(line.rstrip()) + 1 + len(following.split()[0]) > 78, line
+
+
+def test_the_usage_line_brackets_an_argument_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        assert app.run([command, "--help"]) == 0
+        usage = next(line for line in capsys.readouterr().out.splitlines() if "Usage:" in line)
+        assert "[[" not in usage and "...}" not in usage

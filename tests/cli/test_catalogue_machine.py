@@ -163,13 +163,16 @@ def test_47_a_driver_too_old_is_4_with_both_versions(command: Any, untouched: No
 # --- rows 48 to 50
 
 
+USERS = ("gpuopt.backends.ort", "gpuopt.loaders.onnx")
+"""Modules that import these packages where they begin, and what lies below them."""
+
+
 def stubbed(monkeypatch: pytest.MonkeyPatch, folder: Path, package: str, source: str | None) -> None:
     """This package is the given file, or is not there; whatever has imported the real one imports it again."""
     from gpuopt.backends.trt import flavour
 
     monkeypatch.setattr(flavour, "_FOUND", {})
-    users = {"gpuopt.backends.ort", "gpuopt.loaders.onnx"}
-    for name in [n for n in sys.modules if n.partition(".")[0] == package or n in users]:
+    for name in [n for n in sys.modules if n.partition(".")[0] == package or n.startswith(USERS)]:
         monkeypatch.delitem(sys.modules, name)
     if source is None:
         monkeypatch.setitem(sys.modules, package, None)
@@ -183,6 +186,8 @@ def without_stub(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     """monkeypatch puts back only what it took out: what the stub brought goes now."""
     for name in [n for n in sys.modules if n.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
+    for name in [n for n in sys.modules if n.startswith(USERS)]:
+        del sys.modules[name]  # what imported the stub; what was there before comes back with monkeypatch
 
 
 USES = {

@@ -66,7 +66,7 @@ TESTS: dict[int, tuple[str, ...]] = {
     44: (
         f"{MACHINE}::test_44_the_cuda_provider_asked_of_the_cpu_wheel_is_4",
         f"{MACHINE}::test_44_nor_is_it_a_cpu_session_on_a_gpu",
-        "backends/test_ort.py::test_a_session_that_fell_to_the_cpu_is_unavailable",
+        "backends/ort/test_runner.py::test_a_session_that_fell_to_the_cpu_is_unavailable",
     ),
     45: (
         f"{MACHINE}::test_45_a_gpu_asked_of_a_torch_without_cuda_is_4",

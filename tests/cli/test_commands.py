@@ -138,3 +138,27 @@ def test_trust_shows_what_it_is_and_asks_at_a_terminal(at_terminal: Callable[...
     yes = at_terminal("ok", "trust", "m.pkl", answers={"[y/N]": "yes\n"})
     assert yes.code == 0
     assert "trusted: sha256:" in yes.text
+
+
+def test_a_grouping_of_what_was_never_profiled_is_not_passed_over_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run(["report", str(GOLDEN / "bench.json"), "--by", "line"]) == 0
+    assert "--by line has nothing to group" in capsys.readouterr().err
+    assert app.run(["report", str(GOLDEN / "profile.json"), "--by", "op"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_rule_is_explained_in_whole_words_at_a_terminal_and_as_markdown_in_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gpuopt.cli import streams
+    from gpuopt.doctor import handbook
+
+    assert app.run(["doctor", "--explain", "GPU304"]) == 0
+    assert capsys.readouterr().out == handbook.text("GPU304")
+    monkeypatch.setattr(streams, "is_terminal", lambda stream: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    assert app.run(["doctor", "--explain", "GPU304"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.split() == handbook.text("GPU304").split(), "no word is lost or broken"
+    prose = shown.partition("```")[0]
+    assert max(map(len, prose.splitlines())) <= 40

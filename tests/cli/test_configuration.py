@@ -40,3 +40,14 @@ def test_what_cannot_be_meant_is_refused(folder: Path, text: str, words: str) ->
     (folder / "gpuopt.toml").write_text(text)
     with pytest.raises(UsageError, match=words):
         configuration.ignored(None)
+
+
+@pytest.mark.parametrize(("word", "told"), [("smal-batch", "did you mean small-batch?"), ("nosuch", "--explain all")])
+def test_a_rule_that_does_not_exist_cannot_be_ignored(word: str, told: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        configuration.ignored([word])
+    assert told in caught.value.fix
+
+
+def test_codes_and_names_are_known_in_any_case() -> None:
+    assert configuration.ignored(["gpu307", "Small-Batch"]) == ("GPU307", "small-batch")

@@ -157,6 +157,13 @@ def test_an_input_elsewhere_than_the_model_is_to_be_moved() -> None:
     assert "input x (cpu, float32[2,8])" in found.message and found.fix == "x = x.to('meta') before the call"
 
 
+def test_weights_that_were_never_loaded_are_not_told_to_move() -> None:
+    """A tensor on meta has no data: torch refuses to move it, so `.to()` would be the next failure."""
+    broken = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4, device="meta"))
+    found = diagnosis(failing(broken, torch.ones(2, 8)))
+    assert "load its weights" in found.fix and ".to('cpu')" not in found.fix
+
+
 class Recorded(nn.Module):
     """Raises what a GPU said once, on a machine that has none."""
 

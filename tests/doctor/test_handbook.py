@@ -52,3 +52,9 @@ def test_what_can_be_looked_at_is_what_there_is_evidence_of() -> None:
 
 def test_code_that_is_no_python_is_not_called_so() -> None:
     assert "```text\ndriver 535" in handbook.text("GPU606") and "```python\nx = self.bn(self.conv(x))" in handbook.text("GPU304")
+
+
+def test_what_is_near_no_rule_is_sent_to_none() -> None:
+    with pytest.raises(UsageError) as told:
+        handbook.text("qqq")
+    assert "GPU101" not in (told.value.fix or "")

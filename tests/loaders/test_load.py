@@ -464,3 +464,10 @@ def test_importing_the_table_does_not_import_torch() -> None:
     root = str(Path(loaders.__file__).parents[2])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "False"
+
+
+def test_what_a_module_imports_is_not_offered_as_a_factory(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import json\nfrom pathlib import Path\nfrom typing import Any\n\ndef build() -> Any: ...\n")
+    with pytest.raises(UsageError) as told:
+        load(f"{tmp_path / 'mine.py'}:xyzzy")
+    assert told.value.fix == "there is: build"

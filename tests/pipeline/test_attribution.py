@@ -11,8 +11,8 @@ import torch
 
 from gpuopt.core.spec import BackendSpec
 from gpuopt.core.trace import Kernel, Trace
-from gpuopt.pipeline import session as sessions_module
 from gpuopt.pipeline.session import Session
+from gpuopt.profiling import trace as profiler
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def sessions() -> Iterator[Callable[[], Session]]:
         return opened[-1]
 
     yield new
-    for session in opened:
+    for session in reversed(opened):  # each puts back the precision switches it found
         session.close()
 
 
@@ -80,7 +80,7 @@ def test_a_replay_is_named_by_the_call_it_was_recorded_from(
     session.load(tools.candidate(models("net"), N=64))
     session.build()
     session._runner = Recorded(session._runner, session._changed.module)
-    record = sessions_module.trace.record
+    record = profiler.record
 
     def traced(call: Any, device: str, *, steps: int = 3, with_modules: Any = None, **options: Any) -> Trace:
         if with_modules is not None and is_short_of_memory:
@@ -88,7 +88,7 @@ def test_a_replay_is_named_by_the_call_it_was_recorded_from(
         found: Trace = record(call, device, steps=steps, with_modules=with_modules, **options)
         return kernels_of(found, is_graph=with_modules is None, extra=("copy_node",) if with_modules is None else ())
 
-    monkeypatch.setattr(sessions_module.trace, "record", traced)
+    monkeypatch.setattr(profiler, "record", traced)
     monkeypatch.setattr(session, "_is_eager", lambda: False)
     profiled = session.profile(tools.fake_survey().device, wall_ms=50.0, depth=3)
     records = {(r.module, r.op): r for r in session._seen.records}

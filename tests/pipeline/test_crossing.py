@@ -111,8 +111,7 @@ def fall(wall: float, **parts: float) -> Waterfall:
 def crossed(cpu_ms: float, gpu_ms: float, waterfall: Waterfall | None) -> object:
     runs = [run("cpu", 1, cpu_ms), run("cuda:0", 1, gpu_ms), run("cpu", 8, 8 * cpu_ms), run("cuda:0", 8, gpu_ms)]
     explained = {(*crossing.key(runs[1]), 1): crossing.shares(waterfall)} if waterfall is not None else {}
-    curves = [crossing.curve([r for r in runs if r.device == d], explained) for d in ("cpu", "cuda:0")]  # type: ignore[arg-type]
-    (found,) = crossing.crossovers(runs, [CPU, GPU], curves)
+    (found,) = crossing.crossovers(runs, [CPU, GPU], explained)  # type: ignore[arg-type]
     assert found.verdict == "crosses"
     return found.cause
 
@@ -135,6 +134,18 @@ def test_a_cause_is_named_only_where_taking_it_away_would_make_the_loser_win(wat
         assert cause.device == "cuda:0" and cause.without_ms < cause.other_ms  # type: ignore[attr-defined]
 
 
+def test_a_cause_is_that_of_the_candidate_with_the_same_options_and_no_others() -> None:
+    runs = [
+        run(device, n, ms, backend="ort", options={"threads": threads})
+        for threads in (1, 2)
+        for device, n, ms in (("cpu", 1, 1.0), ("cuda:0", 1, 2.0), ("cpu", 8, 8.0), ("cuda:0", 8, 2.0))
+    ]
+    seen = next(r for r in runs if r.device == "cuda:0" and r.options == {"threads": 1})
+    explained = {(*crossing.key(seen), 1): crossing.shares(fall(2.0, gaps=1.8, compute=0.2))}
+    causes = [row.cause for row in crossing.crossovers(runs, [CPU, GPU], explained) if not row.what.startswith("fastest")]  # type: ignore[arg-type]
+    assert [cause.kind if cause else "" for cause in causes] == ["launches", ""]
+
+
 def test_precisions_are_compared_alike_and_the_fastest_of_each_is_told_apart() -> None:
     runs = [
         *(run("cpu", n, n * 1.0) for n in (1, 8)),
@@ -142,7 +153,7 @@ def test_precisions_are_compared_alike_and_the_fastest_of_each_is_told_apart() -
         *(run("cuda:0", n, 3.0) for n in (1, 8)),
         *(run("cuda:0", n, 2.0, precision="fp16") for n in (1, 8)),
     ]
-    found = {row.what: row for row in crossing.crossovers(runs, [CPU, GPU], [])}
+    found = {row.what: row for row in crossing.crossovers(runs, [CPU, GPU], {})}
     assert set(found) == {"eager fp32", "eager fp16", "fastest of each: eager fp32 against eager fp16"}
     assert found["eager fp16"].verdict == "second" and found["eager fp32"].verdict == "crosses"
     assert found["fastest of each: eager fp32 against eager fp16"].points[0].ratio == pytest.approx(0.5, rel=1e-3)
@@ -150,7 +161,7 @@ def test_precisions_are_compared_alike_and_the_fastest_of_each_is_told_apart() -
 
 def test_runs_that_were_not_interleaved_are_not_compared() -> None:
     alone = replace(run("cuda:0", 1, 1.0), block_sizes=(6, 6))
-    assert crossing.crossovers([run("cpu", 1, 2.0), alone], [CPU, GPU], []) == ()
+    assert crossing.crossovers([run("cpu", 1, 2.0), alone], [CPU, GPU], {}) == ()
 
 
 # --- memory

@@ -317,3 +317,12 @@ def test_larger_batches_are_timed_for_the_doctor_on_a_gpu_alone_and_never_for_a_
         session.close()
     assert set(curve) == {4, 8, 16} and curve[4] == 0.05 and all(ms > 0 for ms in curve.values())
     assert found[0].batch_curve == {}
+
+
+@pytest.mark.parametrize(("change", "words"), [(None, "no finding here is a change"), (Change(precision=Precision.BF16), "--unsafe-fixes")])
+def test_fix_that_changes_nothing_says_so(
+    change: Change | None, words: str, local: Any, tools: Any, models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "diagnose", lambda seat, job, machine: (made_up(change, safe=False),))
+    report = doctor.doctor(replace(tools.job("doctor", tools.candidate(models("net"), N=4)), fix=True))
+    assert any(words in note for note in report.runs[0].notes)

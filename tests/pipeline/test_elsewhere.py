@@ -77,7 +77,7 @@ def test_on_another_machine_the_data_sheet_of_the_named_gpu_holds(trace: Path) -
         assert report.device is not None and report.device.name == SAME.name
         assert {row.kind for row in report.device.ceilings.rows} == {"spec"}
         assert report.device.ceilings.flops("float16", "spec") == pytest.approx(989e12)
-        assert any("data sheet's of a NVIDIA H100" in note for note in report.runs[0].notes)
+        assert any("data sheet's of NVIDIA H100" in note for note in report.runs[0].notes)
     assert elsewhere.explain(trace, SAME).device.ceilings == MEASURED  # type: ignore[union-attr]
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from gpuopt.core.result import Ceiling, Ceilings, Device
 from gpuopt.core.trace import Copy, Kernel, RuntimeCall, Step, Trace
-from gpuopt.pipeline import session as sessions
 from gpuopt.pipeline.session import Session
+from gpuopt.profiling import trace as profiler
 
 NAMES = {
     "aten::addmm": "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT",
@@ -121,8 +121,8 @@ def on_gpu(trace: Trace) -> Trace:
     "model", ["gpuopt.models:bert_large_tiny", "gpuopt.models:resnet101_tiny", "gpuopt.models:llama_8b_tiny", "gpuopt.models:t5_large_tiny"]
 )
 def test_a_gpu_shaped_trace_goes_through_every_part_of_a_profile(model: str, tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = sessions.trace.record
-    monkeypatch.setattr(sessions.trace, "record", lambda call, device, **more: on_gpu(record(call, device, **more)))
+    record = profiler.record
+    monkeypatch.setattr(profiler, "record", lambda call, device, **more: on_gpu(record(call, device, **more)))
     session = Session()
     try:
         session.load(replace(tools.candidate(model), dims={"N": 2}))

@@ -30,7 +30,7 @@ def sessions() -> Iterator[Callable[[], Session]]:
         return made[-1]
 
     yield new
-    for session in made:
+    for session in reversed(made):  # each puts back the precision switches it found
         session.close()
 
 

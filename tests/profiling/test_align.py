@@ -151,3 +151,11 @@ def test_a_launch_goes_to_the_lowest_module_around_all_of_its_own() -> None:
     assert module_of(Launch(name="k", kind="triton")) is None
     assert module_of(Launch(name="k", kind="triton", modules=("a.b", "a.c"))) == "a"
     assert module_of(Launch(name="k", kind="triton", modules=("a.b", "a.c"), home="a.c")) == "a.c"
+
+
+def test_a_partner_between_the_first_and_the_last_one_is_possible_too() -> None:
+    """The kernel may be any of the three: that the first and the last are of one module says nothing of the second."""
+    launches = [triton("add_0", "a"), triton("add_0", "b"), triton("add_0", "a")]
+    assert match(ran("triton_poi_fused_add_0"), launches) == [None]
+    launches[1] = triton("relu_1", "b")
+    assert match(ran("triton_poi_fused_add_0"), launches) != [None]

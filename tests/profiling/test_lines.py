@@ -131,3 +131,20 @@ def test_a_record_keeps_the_line_of_its_count_and_what_each_kernel_took(timeline
     (point,) = points([record], Ceilings(), cache_bytes=None)
     assert record.line == point.line == "net.py:7"
     assert [(k.name, k.time_ns, k.count) for k in point.kernels] == [("splitk", 10_000, 1), ("reduce", 2_000, 1)]
+
+
+def test_two_files_with_the_same_code_at_the_same_lines_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their code objects are equal: Python does not compare file names."""
+    names = ("twin_model_a", "twin_model_b")
+    for name in names:
+        (tmp_path / f"{name}.py").write_text(
+            "import torch\n\nclass Model(torch.nn.Module):\n    def forward(self, x):\n        return torch.tanh(x)\n"
+        )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    models = [__import__(name).Model() for name in names]
+    try:
+        assert type(models[0]).forward.__code__ == type(models[1]).forward.__code__
+        assert [by_op(model)["aten.tanh"] for model in models] == [f"{name}.py:5" for name in names]
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)

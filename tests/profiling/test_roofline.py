@@ -203,3 +203,9 @@ def test_a_forward_of_3x3_convolutions_may_beat_the_fp32_peak_and_one_of_1x1_may
 
 def _fields(record):
     return {name: getattr(record, name) for name in record.__dataclass_fields__}
+
+
+def test_where_one_peak_is_missing_winograd_prints_no_percent_of_a_part_and_is_named_once(h200):
+    rows = [OpRecord(**{**_fields(winograd(1.0)), "flops": 66e12})]
+    assert whole(a_count({"float32": 66e12, "int32": 1e9}, rows), 1.0, h200).pct_of_measured is None
+    assert whole(a_count({"float32": 66e12}, rows), 1.0, h200).ceiling_note.count("Winograd") == 1

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
+from gpuopt.core.errors import Unavailable
 from gpuopt.core.live import Inputs
 from gpuopt.core.result import Ceiling, Ceilings
+from gpuopt.core.trace import Kernel, Step, Trace
 from gpuopt.profiling import attribute, roofline, trace, waterfall
 from gpuopt.profiling.count import count
 
@@ -118,3 +121,13 @@ def test_runs_that_dispatch_other_ops_are_not_joined(model):
         light, full = both(model, call)
     found = trace.grafted(light, full)
     assert found.ops == full.ops and "did not dispatch the same ops" in found.notes[-1]
+
+
+def test_a_light_run_that_saw_no_kernel_is_refused_like_a_full_one(monkeypatch):
+    """Its ops would else stand as the work of a machine without a device."""
+    kernel = Kernel(name="k", start_ns=0, dur_ns=1, stream=7, correlation=1, op=None, step=0)
+    full = Trace(device="cuda:0", steps=(Step(start_ns=0, dur_ns=9),), kernels=(kernel,))
+    runs = iter([replace(full, kernels=()), full])
+    monkeypatch.setattr(trace, "_run", lambda *_, **__: next(runs))
+    with pytest.raises(Unavailable, match="no kernel"):
+        trace.record(lambda: None, "cuda:0", with_modules=torch.nn.Identity())

@@ -12,7 +12,7 @@ from gpuopt.core.result import Ceilings, OpRecord
 from gpuopt.profiling.attribute import attribute
 from gpuopt.profiling.count import summarize
 from gpuopt.profiling.passes import bound_class
-from gpuopt.profiling.waterfall import PARTS, build
+from gpuopt.profiling.waterfall import PARTS, _passes, build
 
 
 def parts(found):
@@ -359,3 +359,16 @@ def test_parts_are_never_negative_and_always_sum_to_the_wall(new_timeline, h200,
     assert math.isclose(math.fsum(p.ms for p in found.parts), found.wall_ms, rel_tol=1e-12)
     assert math.isclose(found.wall_ms, wall_us / 1e3, rel_tol=1e-12)
     assert found.unaccounted_ms == found.parts[-1].ms
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(1.0, "1 pass a call"), (1.0000001, "1 pass a call"), (0.9999, "1 pass a call"), (2.5, "2.5 passes a call")]
+)
+def test_one_pass_is_not_called_passes(count, text):
+    assert _passes(count) == text
+
+
+def test_a_trace_of_one_call_says_so(timeline, h200):
+    timeline.step(0, 100)
+    timeline.kernel("k", launch=1, start=10, dur=50)
+    assert "a trace of 1 call " in build(timeline.trace(), 0.001, h200, [COMPUTE]).method

@@ -84,6 +84,7 @@ def line(word: str) -> str:
 
 def heard(module: nn.Module, *sizes: int, into: breaks.Heard | None = None) -> breaks.Heard:
     found = into or breaks.Heard()
+    torch._dynamo.reset()  # a function that an earlier test had compiled breaks silently
     compiled = torch.compile(module.eval(), backend=lambda graph, _: graph.forward)
     with found.listening(), torch.no_grad():
         for size in sizes:

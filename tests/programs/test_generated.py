@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import pytest
 import torch
 
-from gpuopt.programs import generated, inductor
+from gpuopt.programs import generated, inductor, stack_line
 from gpuopt.programs.weigh import tally_for
 
 PYTHON = """
@@ -117,9 +118,9 @@ def test_the_line_is_the_models_not_a_tools() -> None:
         'File "/v/site-packages/transformers/bert.py", line 9, in forward\n  x\nFile "/v/site-packages/transformers/bert.py", line 20, in helper\n'
         '  y\nFile "/v/site-packages/transformers/sdpa.py", line 3, in attend\n  z\nFile "/v/site-packages/torch/nn/linear.py", line 1, in forward\n  w\n'
     )
-    assert generated.line_of(stack) == "bert.py:20"
-    assert generated.line_of('File "/opt/torch/app/net.py", line 4, in run\n') == "net.py:4"
-    assert generated.line_of("") == ""
+    assert stack_line.line_of(stack) == "bert.py:20"
+    assert stack_line.line_of('File "/opt/torch/app/net.py", line 4, in run\n') == "net.py:4"
+    assert stack_line.line_of("") == ""
 
 
 def node(name: str, op: str, module: str | None, *, source: str = "", inputs: tuple[str, ...] = (), kind: str = "M") -> generated.Node:
@@ -216,6 +217,32 @@ def test_reading_is_put_back_as_it_was_even_when_the_compile_fails() -> None:
         assert inductor.GraphLowering.codegen is not before
         raise ZeroDivisionError
     assert inductor.GraphLowering.codegen is before
+
+
+class Lowered:
+    """As much of a GraphLowering as is read."""
+
+    is_const_graph = False
+
+    def __init__(self, name: str | None, code: str) -> None:
+        self.name, self.code = name, code
+        self.module = torch.fx.GraphModule({}, torch.fx.Graph())
+
+
+def test_graphs_that_autotuning_tries_are_no_part_of_the_call_and_one_generated_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor.GraphLowering, "codegen", lambda graph: (types.SimpleNamespace(value=graph.code), None))
+    outer: list[generated.Generated] = []
+    inner: list[generated.Generated] = []
+    twice = Lowered(None, "first")
+    with inductor.reading(outer):
+        for graph in (Lowered("benchmark_decompose_k_mm_3", "tried"), twice):
+            inductor.GraphLowering.codegen(graph)
+        twice.code = "second"
+        with inductor.reading(inner):
+            inductor.GraphLowering.codegen(Lowered("sub", "other"))
+            inductor.GraphLowering.codegen(twice)
+    assert [told.code for told in outer] == ["second", "other"]
+    assert [told.code for told in inner] == ["other", "second"]
 
 
 @pytest.mark.parametrize("is_exported", [False, True])

@@ -8,7 +8,20 @@ from pathlib import Path
 import pytest
 
 from gpuopt.core import codec
-from gpuopt.core.result import IDLE_PARTS, WATERFALL_PARTS, Bounds, Ceilings, Report, Run, Stats, Waterfall, WaterfallPart
+from gpuopt.core.result import (
+    IDLE_PARTS,
+    WATERFALL_PARTS,
+    Bounds,
+    Ceilings,
+    Environment,
+    Report,
+    Run,
+    Stats,
+    Status,
+    Waterfall,
+    WaterfallPart,
+)
+from gpuopt.reports import console
 from gpuopt.reports.content import breakdown
 from gpuopt.reports.content.blocks import Bars, View
 
@@ -64,3 +77,19 @@ def test_the_bounds_become_one_sentence() -> None:
     assert not any("allows" in note for note in bars(run).notes)
     only_fused = replace(run, bounds=Bounds(precision="fp16", unfused_ms=None, fused_ms=5.0))
     assert "50% of what fp16 allows fused (5.00 ms)" in bars(only_fused).notes
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 160])
+def test_what_is_said_of_a_part_is_said_whole_at_every_width(width: int) -> None:
+    detail = "73% of the kernel time has no known count: placed by kernel name"
+    part = WaterfallPart(name="tensor-core compute", ms=1.0, detail=detail)
+    told = Run(model="m", backend="eager", status=Status.OK, waterfall=Waterfall(wall_ms=1.0, parts=(part,), unaccounted_ms=0.0))
+    report = Report(
+        schema_version=1,
+        environment=Environment(gpuopt="0", python="3", platform="x"),
+        command="gpuopt profile m",
+        verb="profile",
+        runs=(told,),
+    )
+    text = " ".join(console.text(report, width=width).split())
+    assert detail in text and "…" not in text

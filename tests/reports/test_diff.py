@@ -162,3 +162,8 @@ def test_a_baseline_adds_its_gates_to_a_report(tmp_path: Path) -> None:
     assert judged.gates[0].limit == "at most 10% slower"
     assert judged.tables["compare"][0]["verdict"] == "slower"
     assert diff.against_baseline(slow, Gates()) is slow
+
+
+def test_runs_of_one_name_say_how_one_is_chosen() -> None:
+    twice = replace(of(RUN), runs=(RUN, replace(RUN, inputs=("x:float32[2,8]",))))
+    assert "--run" in (diff.compare(of(RUN), twice)[0].reason or "")

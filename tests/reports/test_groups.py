@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from gpuopt.core.result import KernelTime, ModuleRow, RooflinePoint, Run, Waterfall
 from gpuopt.reports import groups
+from gpuopt.reports.content import grouped
 
 BY = ("op", "kernel", "line", "place")
 
@@ -139,3 +140,39 @@ def test_modules_whose_parents_a_report_does_not_name_are_shown_all_the_same() -
         run(point(module="a.b")), modules=(ModuleRow(name="x.y.z", module_class="Z", depth=3, time_ns=1.0, flops=None, bytes=None),)
     )
     assert {node.name for node in groups.tree(given).nodes} == {"", "a", "a.b", "x.y.z"}
+
+
+def test_what_has_no_floor_may_win_nothing() -> None:
+    two = (KernelTime(name="gemm_k", time_ns=9e6), KernelTime(name="memset_k", time_ns=1e6))
+    given = run(
+        point(time_ns=10e6, kernels=two), point("aten.gelu", time_ns=4e6, kernels=(KernelTime(name="gelu_k", time_ns=4e6),)), wall_ms=20.0
+    )
+    found = groups.grouped(given, "kernel")
+    rest = groups.added(found.rows, "more")
+    assert rest.time_ns == pytest.approx(14e6)
+    assert rest.gap_ns == pytest.approx(2e6)
+    assert [row.gap_ns for row in groups.grouped(run(point(), replace(point(), floor_ns=None, time_ns=7e6)), "op").rows] == [
+        pytest.approx(0.5e6)
+    ]
+
+
+def test_what_a_row_reaches_and_what_it_has_to_win_are_of_the_same_time() -> None:
+    found = groups.grouped(run(point(time_ns=40e6, floor_ns=4e6), wall_ms=10.0), "op").rows[0]
+    assert (found.time_ns, found.gap_ns) == (pytest.approx(10e6), pytest.approx(6e6))
+    assert found.pct_of_ceiling == pytest.approx(40.0)
+
+
+def test_no_flops_are_claimed_of_what_nobody_counted() -> None:
+    given = run(point(flops=None, bytes=None), point("aten.copy_", flops=0.0, bytes=0.0))
+    rows = groups.grouped(given, "op").rows
+    whole = groups.added(rows, "one call")
+    assert (whole.flops, whole.bytes) == (None, None)
+    assert groups.added([row for row in rows if row.name == "aten.copy_"], "x").flops == 0.0
+
+
+def test_a_trace_many_times_as_long_as_the_call_is_not_put_down_to_tracing_alone() -> None:
+    calm, busy = run(point(time_ns=20e6), wall_ms=10.0), run(point(time_ns=1130e6), wall_ms=10.0)
+    assert "tracing slows each op down" in grouped.scaled(calm, groups.grouped(calm, "op").scale)[0]
+    said = grouped.scaled(busy, groups.grouped(busy, "op").scale)[0]
+    assert "113 times as long" in said or "110 times as long" in said
+    assert "profile again" in said

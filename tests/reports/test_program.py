@@ -70,3 +70,11 @@ def test_a_crashed_program_is_no_good_news() -> None:
     )  # fmt: skip
     assert program.notes(crashed) == []
     assert "exited with 1" in console.text(crashed, width=140)
+
+
+def test_how_often_a_kernel_ran_is_a_count() -> None:
+    shown = program.build(
+        "kernels", [{"short": "k", "count": 24.0, "time_ms": 1.0, "pct": 90.0}, {"short": "j", "count": 1.5, "time_ms": 0.1, "pct": 10.0}]
+    )
+    assert shown is not None
+    assert [row[1].text for row in shown[0].rows] == ["24", "1.50"]

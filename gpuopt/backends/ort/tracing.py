@@ -17,24 +17,12 @@ from gpuopt.backends.ort.origins import Origin, Origins
 from gpuopt.backends.ort.profile import Call, NodeRun, Profile
 from gpuopt.core.launches import Launch
 from gpuopt.core.spec import DTYPE_BYTES
-from gpuopt.core.trace import CpuOp, Step, Trace
+from gpuopt.core.trace import KINETO_DTYPES, CpuOp, Step, Trace
 
 UNKNOWN_MODULE = "?"
 THREAD = "onnxruntime"
 
-_KINETO = {
-    "float32": "float",
-    "float64": "double",
-    "float16": "c10::Half",
-    "bfloat16": "c10::BFloat16",
-    "float8_e4m3fn": "c10::Float8_e4m3fn",
-    "int8": "signed char",
-    "uint8": "unsigned char",
-    "int64": "long int",
-    "int32": "int",
-    "bool": "bool",
-}
-"""Torch's dtype name -> Kineto's, which traces carry."""
+_KINETO = {dtype: written for written, dtype in KINETO_DTYPES.items()}
 _FREE = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Shape", "Size", "Constant", "Dropout"})
 """They move nothing: ONNX Runtime lets the output share the input's memory, or makes a handful of numbers."""
 _CONTROL = frozenset({"If", "Loop", "Scan"})

@@ -48,6 +48,8 @@ def _fix(tensor: failure.Seen, home: str, failed: failure.Failed) -> str:
             return f"model.to('{tensor.device}'): its parameters are still on the CPU"
         return f"{tensor.name} = {tensor.name}.to('{home}') before the call"
     if tensor.kind in ("parameter", "buffer"):
+        if tensor.device == "meta":  # nothing is there that .to() could move
+            return f"load its weights: {owner or tensor.name} was built on meta and holds no data (load_state_dict(…, assign=True))"
         return f"model.to('{home}') after everything is set: {owner or tensor.name} was left on {tensor.device}"
     if tensor.kind == "attribute":
         return (

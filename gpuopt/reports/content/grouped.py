@@ -15,6 +15,8 @@ LONGEST = 60
 """Characters of a name."""
 _FIRST = {"place": "op", "op": "op", "kernel": "kernel", "line": "line"}
 _TITLES = {"place": "Ops", "op": "Ops by name", "kernel": "Kernels", "line": "Lines"}
+_DISTORTED = 0.2
+"""Tracing that makes a call five times as long says little about who takes how much of it: a record costs a few µs an op, not several times the op."""
 _DASH = Cell(f.MISSING, "dim")
 
 
@@ -157,7 +159,15 @@ def scaled(run: Run, scale: float) -> list[str]:
     """What to say of times that are not as the trace has them."""
     if abs(scale - 1.0) < 0.0005:
         return []
-    why = "kernels of several streams overlap, or clocks differed" if on_device(run) else "tracing slows each op down"
+    if on_device(run):
+        why = "kernels of several streams overlap, or clocks differed"
+    elif scale < _DISTORTED:
+        why = (
+            f"traced, it took {f.digits(1 / scale, 2)} times as long, as it does on a busy machine, or with ops too short to trace:"
+            " profile again before you rely on the order of the rows"
+        )
+    else:
+        why = "tracing slows each op down"
     return [f"times are the trace's × {f.digits(scale)}, so that they add up to the untraced call: {why}"]
 
 

@@ -34,6 +34,8 @@ def build(report: Report, ceilings: Ceilings, name: Callable[[Run], str]) -> tup
     ok = [run for run in report.runs if run.status == Status.OK]
     if len(report.runs) == 1 and ok and ok[0].latency_ms:
         lines += _one_run(report, ok[0], ceilings)
+    elif len(report.runs) == 1 and ok and ok[0].backend == "trace":  # nothing in a trace is a latency, but its time goes somewhere
+        lines += _biggest(ok[0], "a traced call")
     elif len(report.runs) > 1:
         lines += _many_runs(report, ok, name)
     for run in report.runs:
@@ -83,16 +85,15 @@ def _one_run(report: Report, run: Run, ceilings: Ceilings) -> list[Message]:
         elif run.pct_of_spec is not None and spec:
             sentence += f", {f.percent(run.pct_of_spec)} of the {f.ceiling(spec.value, spec.unit)} of its data sheet in {quantity}"
         lines.append(Message("info", sentence))
-    if run.waterfall and run.waterfall.parts:
-        biggest = max(run.waterfall.parts, key=lambda part: part.ms)
-        if run.waterfall.wall_ms > 0:
-            lines.append(
-                Message(
-                    "info",
-                    f"the biggest slice of it is {clean(biggest.name)}, {f.share(biggest.ms / run.waterfall.wall_ms)} of the wall time",
-                )
-            )
-    return lines
+    return lines + _biggest(run, "it")
+
+
+def _biggest(run: Run, what: str) -> list[Message]:
+    if run.waterfall is None or not run.waterfall.parts or run.waterfall.wall_ms <= 0:
+        return []
+    biggest = max(run.waterfall.parts, key=lambda part: part.ms)
+    share = f.share(biggest.ms / run.waterfall.wall_ms)
+    return [Message("info", f"the biggest slice of {what} is {clean(biggest.name)}, {share} of the wall time")]
 
 
 def _batch_words(run: Run) -> str:

@@ -128,7 +128,7 @@ def _kernels(rows: Sequence[Mapping[str, Any]]) -> Table:
         (
             Cell(clean(row.get("short") or row.get("kernel") or "", 90)),
             *((Cell(clean(row.get("op") or "", 50) or f.MISSING, "dim"),) if has_ops else ()),
-            Cell(f.digits(_number(row, "count"))),
+            Cell(f.calls(_number(row, "count"))),
             Cell(f.ms(_number(row, "time_ms"))),
             Cell(f.percent(_number(row, "pct")), "", min(1.0, _number(row, "pct") / 100)),
         )
@@ -153,7 +153,7 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> Table:
     shown = tuple(
         (
             Cell(clean(row.get("line") or "", 110)),
-            Cell(f.digits(_number(row, "count"))),
+            Cell(f.calls(_number(row, "count"))),
             Cell(f.ms(_number(row, "time_ms"))),
             Cell(f.percent(_number(row, "pct")), "", min(1.0, _number(row, "pct") / 100)),
         )

@@ -199,7 +199,7 @@ def _run_notes(runs: Sequence[Run], ceilings: Ceilings | None) -> tuple[str, ...
             f"vs first: against the first of the same shape, {f.plural(min(p.num_pairs for p in pairs), 'interleaved pair')};"
             f" above 1× is faster, within {f.percent(100 * pairs[0].threshold)} the same"
         )
-        notes += [f"inconclusive: {clean(p.reason)}" for p in pairs if p.verdict == "inconclusive" and p.reason]
+        notes += [f"? inconclusive: {clean(p.reason)}" for p in pairs if p.verdict == "inconclusive" and p.reason]
     for run in runs:
         notes += [clean(note, 300) for note in run.notes if "Traceback" not in note]
         lost = {k: v for k, v in run.throttled_ms.items() if v > 0}

@@ -34,23 +34,38 @@ def build(report: Report, ceilings: Ceilings) -> list[Steps]:
         tone = part_tone(part.name)
         tones[tone] = tones.get(tone, 0.0) + part.ms
     biggest = max(tones, key=lambda t: tones[t])
-    preset = {"gap": "inductor:reduce-overhead"}.get(biggest, "inductor") if report.device and report.device.kind == "cuda" else "inductor"
+    is_cuda = report.device is not None and report.device.kind == "cuda"
+    mine = ":".join(word for word in (run.backend, run.preset) if word)
+    better = "inductor:reduce-overhead" if biggest == "gap" and is_cuda else "inductor"
     why = {
         "gap": "the device waits between kernels: compile, and launch them as one graph",
         "memory": "memory traffic dominates: a compiler fuses passes over the same data",
         "compute": "arithmetic dominates: see what a compiler's kernels do",
         "copy": "copies dominate: see what the model does with its inputs already there",
     }.get(biggest, "see what a compiler makes of it, verified and interleaved with this one")
-    steps.append((why, shlex.join(["gpuopt", "bench", *base, "--backend", "eager", "--backend", preset])))
+    if run.backend != "inductor" or (better != "inductor" and run.preset is None):  # what is compiled already need not be told to compile
+        steps.append((why, shlex.join(["gpuopt", "bench", *base, "--backend", mine, "--backend", better])))
     if faster:
         name, gain, current = faster
         steps.append(
             (
                 f"{name} reaches {f.ratio(gain)} the measured {current} ceiling here; its accuracy is checked",
-                shlex.join(["gpuopt", "bench", *without, "--precision", current, "--precision", name, "--backend", preset]),
+                shlex.join(
+                    [
+                        "gpuopt",
+                        "bench",
+                        *without,
+                        "--precision",
+                        current,
+                        "--precision",
+                        name,
+                        "--backend",
+                        better if run.backend == "eager" else mine,
+                    ]
+                ),
             )
         )
-    return [Steps(title="Next", steps=tuple(steps))]
+    return [Steps(title="Next", steps=tuple(steps))] if steps else []
 
 
 def _faster_precision(run: Run, ceilings: Ceilings) -> tuple[str, float, str] | None:
