@@ -22,8 +22,8 @@ from gpuopt.doctor import diagnose, recast
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.rule import rules
 from gpuopt.pipeline import environment, facts
-from gpuopt.pipeline.isolate import ChildFailed
 from gpuopt.pipeline.asked import describe_transforms, own_precision
+from gpuopt.pipeline.isolate import ChildFailed
 from gpuopt.profiling import count
 
 ROOT = Path(__file__).parent.parent
