@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ _RECOMPILING = re.compile(r"Recompiling function (\S+) in (.+):(\d+)")
 _FAILURE = re.compile(r"^(\d+/\d+): (.*)")
 _SPLIT = re.compile(r"^\s*\S+: reason=(?P<reason>.+?), ir=\w+(?:, fx=(?P<op>[^(]+))?")
 _SIZE = re.compile(r"size mismatch at index|stride mismatch at index")
+_ONE_LISTENER = threading.RLock()
 _OLD_SKIP = "skipping cudagraphs"
 _DISABLED = "cudagraphs is disabled"
 """Said of every op of a graph that nobody wanted recorded."""
@@ -75,18 +77,17 @@ class Heard:
         logged = Counter(self.breaks)
         hears = {**dict.fromkeys(_BREAKS, self._hear_break), **dict.fromkeys(_RECOMPILES, self._hear_recompile)}
         hears |= {**dict.fromkeys(_PARTITIONS, self._hear_partition), **dict.fromkeys(_SKIPS, self._hear_skip)}
-        has_artifact = log_state.is_artifact_enabled("recompiles")
-        undo = [_tap(name, _Ear(hear), is_asked=name not in _SKIPS) for name, hear in hears.items()]
-        start = callback_handler.register_start_callback(self._started)
-        log_state.artifact_names.add("recompiles")
         try:
-            yield
+            # One window at a time in a process: two that end in the order they began would put each other's levels back.
+            with _ONE_LISTENER, ExitStack() as undo:
+                for name, hear in hears.items():
+                    undo.callback(_tap(name, _Ear(hear), is_asked=name not in _SKIPS))
+                undo.callback(callback_handler.remove_start_callback, callback_handler.register_start_callback(self._started))
+                if not log_state.is_artifact_enabled("recompiles"):
+                    log_state.artifact_names.add("recompiles")
+                    undo.callback(log_state.artifact_names.discard, "recompiles")
+                yield
         finally:
-            if not has_artifact:
-                log_state.artifact_names.discard("recompiles")
-            callback_handler.remove_start_callback(start)
-            for put_back in undo:
-                put_back()
             self.num_skipped += counters["inductor"]["cudagraph_skips"] - skipped
             # Counted and never logged: some frames that are given up as a whole.
             titles = {_title(reason) for reason, _ in self.breaks - logged}

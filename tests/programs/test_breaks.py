@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -192,6 +193,42 @@ def test_an_op_between_two_parts_of_a_cuda_graph_is_a_skip_with_its_line() -> No
         only.startswith("skipping cudagraphs due to cpu ops in a part of the graph: aten.mul.Tensor\n")
         and '/srv/app/model.py", line 31' in only
     )
+
+
+def test_windows_of_two_threads_do_not_overlap_and_leave_the_loggers_as_they_were() -> None:
+    logger = logging.getLogger(breaks._RECOMPILES[0])
+    before, order = (logger.level, logger.propagate, list(logger.handlers)), []
+    inside, leave = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with breaks.Heard().listening():
+            inside.set()
+            leave.wait(10)
+            order.append("first")
+
+    def second() -> None:
+        inside.wait(10)
+        with breaks.Heard().listening():
+            order.append("second")
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    assert inside.wait(10)
+    leave.set()
+    for thread in threads:
+        thread.join(20)
+    assert order == ["first", "second"]
+    assert (logger.level, logger.propagate, list(logger.handlers)) == before
+
+
+def test_a_window_that_cannot_be_opened_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger(breaks._BREAKS[0])
+    before = (logger.level, logger.propagate, list(logger.handlers))
+    monkeypatch.setattr(breaks.callback_handler, "register_start_callback", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError), breaks.Heard().listening():
+        pass
+    assert (logger.level, logger.propagate, list(logger.handlers)) == before
 
 
 def test_a_graph_that_nobody_wanted_recorded_is_no_skip() -> None:

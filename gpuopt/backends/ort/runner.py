@@ -170,7 +170,13 @@ class OrtRunner:
         """Run once with zeros in a profiled session of its own and read which provider ran each node, in which dtype; None before any inputs are known."""
         if not self._last:
             return None
-        nodes = self._profiled(self._feeds(zeros=True)).calls[-1].nodes
+        calls = self._profiled(self._feeds(zeros=True)).calls
+        if not calls:
+            raise Unsupported(
+                f"ONNX Runtime {onnxruntime.__version__} wrote a profile without a run in it: what it computes in cannot be read back",
+                fix="another version of onnxruntime, or another --backend",
+            )
+        nodes = calls[-1].nodes
         if self._settings.provider == "cuda":
             self.notes += [note for note in placement_notes(nodes) if note not in self.notes]
         return audit_nodes(

@@ -14,6 +14,7 @@ import torch
 from onnx import TensorProto, helper
 
 from gpuopt.backends import ort
+from gpuopt.backends.ort.profile import Profile
 from gpuopt.backends.ort.session import ELEMENT_TYPE, cuda_options, native, open_session, translated
 from gpuopt.backends.ort.settings import CPU, CUDA, Settings, onnxruntime
 from gpuopt.core.errors import BadInput, OutOfMemory, Unavailable, Unsupported, UsageError
@@ -375,6 +376,15 @@ def test_what_can_never_be_has_a_reason() -> None:
     assert ort.supports("onnx", Precision.TF32, "cuda:0") is None
     assert "not module" in (ort.supports("module", None, "cpu") or "")
     assert "dequantize" in (ort.supports("onnx", Precision.INT8, "cpu") or "")
+
+
+def test_a_profile_without_a_run_in_it_is_told(exported: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    case = exported("bert", torch.float32)
+    runner = ort.build(case.model, case.inputs, {"precision": "fp32"})
+    runner(**case.inputs.kwargs)
+    monkeypatch.setattr(runner, "_profiled", lambda *_, **__: Profile(calls=(), began_ns=0))
+    with pytest.raises(Unsupported, match="a profile without a run in it"):
+        runner.audit()
 
 
 # -- on a GPU -------------------------------------------------------------------------------------------------------------------------
