@@ -165,8 +165,10 @@ def test_gpuopt_alone_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None
 
 def _start(tmp_path: Path, behaviour: str, *words: str) -> subprocess.Popen[str]:
     child = subprocess.Popen(
-        [sys.executable, str(FAKE), behaviour, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    )
+        [sys.executable, str(FAKE), behaviour, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        # Under nohup the tests themselves ignore it, and so would everything they start.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )  # fmt: skip
     assert child.stderr is not None
     while "PARTIAL" not in (line := child.stderr.readline()):
         assert line, "it ended early"
