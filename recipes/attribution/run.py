@@ -24,6 +24,7 @@ from pathlib import Path
 from gpuopt.core import codec
 from gpuopt.core.result import Report
 from gpuopt.reports import groups
+from recipes import result_file
 from recipes.attribution.rows import Case, Shares
 
 HERE = Path(__file__).parent
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := wanted - set(MODELS) - set(BACKENDS):
         print(f"no model and no backend is called {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
-    found = Shares(command=_command(typed), small=asked.small)
+    found = Shares(command=result_file.command("recipes.attribution.run", typed), small=asked.small)
     for model in (m for m in MODELS if m in models):
         for backend in (b for b in BACKENDS if b in backends):
             case, report = measured(model, backend, device=asked.device, small=asked.small)
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 + (f"{case.share:.1%} of {case.time_ms:.4g} ms" if case.share is not None else case.reason),
                 flush=True,
             )
-            _write(found, asked.output)
+            result_file.write(found, asked.output)
     return 0 if all(case.share is not None for case in found.cases) else 1
 
 
@@ -105,18 +106,6 @@ def measured(model: str, backend: str, *, device: str, small: bool) -> tuple[Cas
         ),
         report,
     )  # fmt: skip
-
-
-def _write(found: Shares, output: Path) -> None:
-    temporary = output.with_name(f".{output.name}.part")
-    temporary.write_text(codec.to_json(found, indent=1), encoding="utf-8")
-    os.replace(temporary, output)
-
-
-def _command(typed: Sequence[str]) -> str:
-    """As typed, but for where the file went."""
-    words = [w.rpartition("/")[2] if i and typed[i - 1] == "--output" else w for i, w in enumerate(typed)]
-    return " ".join(["python -m recipes.attribution.run", *words])
 
 
 if __name__ == "__main__":

@@ -121,11 +121,7 @@ def batches(small: bool, *, bucketed: bool) -> Side:
 
 def vocabulary(small: bool, *, aligned: bool) -> Side:
     width, size = (32, 99) if small else (1024, 30522)
-    head = modules.linear(width, size)
-    if aligned:
-        wide = modules.linear(width, -(-size // 8) * 8)
-        wide.weight.data[:size], wide.weight.data[size:] = head.weight.data, 0
-        head = wide
+    head = modules.head(width, size, aligned=aligned)
     return Side(module=modules.Vocabulary(bert(small, layers=6), head.half(), size), inputs=ids(small, 32, 512))
 
 

@@ -122,11 +122,7 @@ def trips(small: bool, *, stays: bool) -> Side:
 def scores(small: bool, *, aligned: bool) -> Side:
     """GPT-2 with a head over 50257 words, or over the next multiple of 8 and cut."""
     width, size = (32, 99) if small else (1024, 50257)
-    head = modules.linear(width, size)
-    if aligned:
-        wide = modules.linear(width, -(-size // 8) * 8)
-        wide.weight.data[:size], wide.weight.data[size:] = head.weight.data, 0
-        head = wide
+    head = modules.head(width, size, aligned=aligned)
     return Side(module=modules.Vocabulary(gpt2(small), head.half(), size), inputs=words(small, 8, 512))
 
 

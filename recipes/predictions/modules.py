@@ -30,6 +30,16 @@ def linear(width_in: int, width_out: int) -> nn.Linear:
     return made
 
 
+def head(width: int, size: int, *, aligned: bool) -> nn.Linear:
+    """Scores over `size` words; aligned: over the next multiple of 8, the words beyond it zero."""
+    made = linear(width, size)
+    if aligned:
+        wide = linear(width, -(-size // 8) * 8)
+        wide.weight.data[:size], wide.weight.data[size:] = made.weight.data, 0
+        made = wide
+    return made
+
+
 class Around(nn.Module):
     """A layer and what is done with its output."""
 

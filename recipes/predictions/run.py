@@ -35,10 +35,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from gpuopt.core import codec
-from gpuopt.core.errors import BadInput, GpuoptError, UsageError
+from gpuopt.core.errors import GpuoptError, UsageError
 from gpuopt.core.result import Device, Environment
 from gpuopt.pipeline import facts
 from gpuopt.pipeline.isolate import Child, ChildFailed
+from recipes import result_file
 from recipes.predictions.rows import Predictions, Row, Timed, Told, judged, score
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             output=asked.output,
             keep=asked.keep,
             budget_s=asked.budget,
-            command=_command(typed),
+            command=result_file.command("recipes.predictions.run", typed),
         )
     except GpuoptError as error:
         print(f"{error.message}: {error.fix}" if error.fix else error.message, file=sys.stderr)
@@ -131,7 +132,7 @@ def run(
         rows[row.name] = row
         assert output is not None
         say(line(row))
-        _write(found(), output)
+        result_file.write(found(), output)
 
     while pending := [name for name in names if name not in rows]:
         with start() as process:
@@ -178,7 +179,7 @@ def run(
         raise UsageError("no pair was asked for", fix="--only CODE, or none")
     result = found()
     assert output is not None
-    _write(result, output)
+    result_file.write(result, output)
     say(summary(result))
     return result
 
@@ -255,22 +256,6 @@ def _failed(name: str, failure: ChildFailed, seconds: float) -> Row:
     # A reason may quote a compiler: paths are this machine's.
     reason = re.sub(r"(?:/[\w.+-]+){2,}/", "", failure.reason)[:400]
     return replace(_empty(name), status=failure.status.value, reason=reason, seconds=seconds)
-
-
-def _write(found: Predictions, output: Path) -> None:
-    """By one rename: a run that is killed leaves the rows so far."""
-    temporary = output.with_name(f".{output.name}.part")
-    try:
-        temporary.write_text(codec.to_json(found, indent=1), encoding="utf-8")
-        os.replace(temporary, output)
-    except OSError as error:
-        raise BadInput(f"{output.name} cannot be written: {error.strerror}", fix="--output FILE.json in a folder of yours") from error
-
-
-def _command(typed: Sequence[str]) -> str:
-    """As typed, but for where the file went."""
-    words = [w.rpartition("/")[2] if i and typed[i - 1] == "--output" else w for i, w in enumerate(typed)]
-    return " ".join(["python -m recipes.predictions.run", *words])
 
 
 if __name__ == "__main__":
