@@ -44,7 +44,8 @@ def _row(case: Case) -> str:
         reason = case.reason.replace("|", "/")
         return f"| {case.model} | {case.backend} | {reason} | | {case.goal:.0%} | |"
     line = f"{case.line_share:.1%}" if case.line_share is not None else ""
-    left = f"{case.unaccounted_ms / case.wall_ms:.1%}" if case.unaccounted_ms is not None and case.wall_ms else ""
+    rest = case.unaccounted_ms / case.wall_ms if case.unaccounted_ms is not None and case.wall_ms else None
+    left = "" if rest is None else f"{rest:.1%}" + (" (over the goal)" if rest > GOAL_UNACCOUNTED else "")
     return f"| {case.model} | {case.backend} | {case.share:.1%} | {line} | {case.goal:.0%} | {left} |"
 
 

@@ -245,7 +245,7 @@ def test_a_real_gpu_is_measured_below_its_data_sheet_and_in_under_half_a_minute(
         wanted = {
             "fp16": 764e12,
             "bf16": 792e12,
-            "tf32": 387e12,
+            "tf32": 412e12,  # with rests between the bursts, as recipes/*/h200.json have it: without them it reads 387e12
             "fp32": 51e12,
             "fp8_row": 1502e12,
             "copy": 4261e9,

@@ -25,7 +25,7 @@ from gpuopt.reports import console
 from gpuopt.reports.content import breakdown
 from gpuopt.reports.content.blocks import Bars, View
 
-OLD = [Path(__file__).parents[2] / "recipes" / "profile" / "resnet101-h200.json"]
+OLD = [Path(__file__).parent / "data" / "older-part-names.json"]
 
 
 def bars(run: Run) -> Bars:
