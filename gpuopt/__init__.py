@@ -1,7 +1,8 @@
 """gpuopt: profile, convert, compile and bench models against the roofline, with proof.
 
 The verbs of the command line are functions here: `gpuopt.profile(model, inputs)`, `gpuopt.bench(model, inputs)`,
-`gpuopt.convert(model, ...)`, `gpuopt.compile(model, inputs, ...)`, `gpuopt.load("bundle/")`. `with gpuopt.record() as seen:` observes a program.
+`gpuopt.convert(model, ...)`, `gpuopt.compile(model, inputs, ...)`, `gpuopt.load("bundle/")`, `gpuopt.optimize(model, inputs)`.
+`with gpuopt.record() as seen:` observes a program.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from gpuopt._version import __version__
 
 if TYPE_CHECKING:
-    from gpuopt.api import bench, compile, convert, load, profile
+    from gpuopt.api import bench, compile, convert, load, optimize, profile
     from gpuopt.script.recorder import record
 
-__all__ = ["__version__", "bench", "compile", "convert", "load", "profile", "record"]
+__all__ = ["__version__", "bench", "compile", "convert", "load", "optimize", "profile", "record"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,13 +5,14 @@
     half = gpuopt.convert(model, x, precision="fp16", channels_last=True)
     report = gpuopt.compile(model, x, backend="aoti", precision="fp16", output="fast/")
     fast = gpuopt.load("fast/"); y = fast(x)
+    best = gpuopt.optimize(model, x, output="best/"); y = best.model(x)
+    whole = gpuopt.optimize(pipe, run=lambda: pipe(prompt)); print(whole); whole.restore()
 
-Nothing is isolated here: a backend that crashes takes the caller with it. The command line runs each candidate in a process of its own.
+Nothing is isolated here but the candidates of `optimize`: a backend that crashes takes the caller with it. The command line runs each in a process of its own.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,14 +23,17 @@ from typing import Any
 import torch
 
 from gpuopt.bundles import write as bundle_writer
-from gpuopt.core import binding
+from gpuopt.converters.rewrites import checked
+from gpuopt.core import binding, units
 from gpuopt.core.errors import GateFailed, GpuoptError, ResourceError, Unsupported, UsageError
-from gpuopt.core.live import Inputs, Model
 from gpuopt.core.result import SCHEMA_VERSION, Count, Device, Report, Run, Samples, Status
-from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, ModelRef, Precision, TensorSpec, Tolerance, Transforms
-from gpuopt.pipeline import anchor, facts, figures, manifests, pairs
+from gpuopt.core.search import SearchSpec
+from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, ModelRef, Precision, Tolerance, Transforms
+from gpuopt.pipeline import anchor, facts, figures, livemodel, manifests, pairs, whole
+from gpuopt.pipeline.searched import Optimized, optimized
 from gpuopt.pipeline.seats import MIN_ANCHOR_BLOCKS
 from gpuopt.pipeline.session import Session
+from gpuopt.pipeline.whole import OptimizedPipeline
 from gpuopt.pipeline.worker import classify
 
 
@@ -79,7 +83,7 @@ def bench(
     counts: list[Count | None] = []
     errors: list[GpuoptError] = []
     live: list[tuple[int, Session]] = []
-    given = _live(model, inputs)
+    given = livemodel.handles(model, inputs)
     with _closing(live):
         for precision in precisions:
             for backend in backends:
@@ -207,6 +211,56 @@ def compile(
     return replace(_report("compile", found, [run]), output=target.name)
 
 
+def optimize(
+    model: Any,
+    inputs: Any = None,
+    *,
+    run: Callable[[], Any] | None = None,
+    goal: str = "latency",
+    output: str | Path | None = None,
+    backends: Sequence[str] = (),
+    precisions: Sequence[str] = (),
+    rewrites: Sequence[str] | None = None,
+    time_budget: float | str | None = None,
+    latency_budget: float | str | None = None,
+    max_memory: int | str | None = None,
+    device: str = "auto",
+    spec: BenchSpec | None = None,
+    tolerance: Tolerance | None = None,
+    resume: bool = False,
+) -> Optimized | OptimizedPipeline:
+    """The fastest verified way to run `model(*inputs)`, never one slower than the model as it is: `.model` is called in its place, `.search` says what was tried.
+
+    With `run=lambda: pipe(...)` instead of `inputs`, `model` is anything that holds modules (a diffusion, speech or retrieval pipeline): the calls that one `run()`
+    makes of each are recorded, each is optimized, the winners are put in place, and the whole is verified and measured; `.restore()` undoes it.
+
+    Budgets are texts as on the command line (`"10m"`, `"8ms"`, `"40GiB"`) or numbers: seconds for time, milliseconds for latency, bytes for memory.
+    `goal="throughput"` is at the batch of `inputs`: a live call has one size. Each candidate runs in a process of its own where the module can be saved and its
+    classes imported there; else in this one, which the report says (`not-isolated`). Raises GpuoptError for whatever the caller can act on.
+    """
+    search = SearchSpec(
+        goal=goal,
+        latency_budget_ms=None if latency_budget is None else units.parse_seconds(str(latency_budget), default="ms") * 1e3,
+        max_memory_bytes=None if max_memory is None else units.parse_bytes(str(max_memory)),
+        time_budget_s=None if time_budget is None else units.parse_seconds(str(time_budget)),
+        backends=tuple(backends),
+        precisions=tuple(Precision(p).value for p in precisions),
+        rewrites=None if rewrites is None else checked(tuple(rewrites)),
+        resume=resume,
+    )
+    spec, tolerance = spec or BenchSpec(), tolerance or Tolerance()
+    if run is None:
+        if inputs is None:
+            raise UsageError("optimize needs the inputs of a call", fix="optimize(model, inputs), or optimize(pipe, run=lambda: pipe(...))")
+        return optimized(model, inputs, spec=search, bench=spec, tolerance=tolerance, device=device, output=output)
+    for name, value in (("inputs", inputs), ("output", output), ("resume", resume or None)):
+        if value is not None:
+            raise UsageError(
+                f"{name} goes with one module, and run= with a whole pipeline", fix=f"leave {name} away, or optimize one module by itself"
+            )
+    return whole.optimized(model, run, spec=search, bench=spec, tolerance=tolerance, device=device)
+
+
 def load(bundle: str | Path, *, device: str = "auto", trust: Sequence[str] = ()) -> Callable[..., Any]:
     """A bundle -> a callable that checks shapes, dtypes and devices before it runs. Close it with `.close()`, or let the process end."""
     session = Session()
@@ -255,7 +309,7 @@ def _required(run: Run) -> Run:
 def _session(model: torch.nn.Module, inputs: Any, candidate: Candidate) -> Iterator[tuple[Session, Run]]:
     session = Session()
     try:
-        yield session, figures.loaded(figures.started(candidate), session.adopt(candidate, *_live(model, inputs)))
+        yield session, figures.loaded(figures.started(candidate), session.adopt(candidate, *livemodel.handles(model, inputs)))
     finally:
         session.close()
 
@@ -273,46 +327,6 @@ def _candidate(backend: str, precision: str | None, device: str) -> Candidate:
     return Candidate(
         model=ModelRef(text=""), backend=BackendSpec.parse(backend), precision=Precision(precision) if precision else None, device=device
     )
-
-
-def _live(module: torch.nn.Module, inputs: Any) -> tuple[Model, Inputs]:
-    """A caller's module and tensors as the handles the pipeline takes. The first dimension of the first tensor is the batch, N."""
-    if not isinstance(module, torch.nn.Module):
-        raise UsageError(f"a torch.nn.Module is wanted, not {type(module).__name__}", fix="pass the module itself")
-    if isinstance(inputs, Inputs):
-        bound = inputs
-    else:
-        kwargs: Mapping[str, Any] = inputs if isinstance(inputs, Mapping) else {}
-        args = () if isinstance(inputs, Mapping) else tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)
-        named = [(f"arg{i}", value) for i, value in enumerate(args)] + list(kwargs.items())
-        for name, value in named:
-            if not isinstance(value, torch.Tensor):
-                raise UsageError(
-                    f"input {name} is a {type(value).__name__}, not a tensor", fix="pass tensors, a tuple of them, or a dict of them"
-                )
-        specs = tuple(TensorSpec(name=n, dtype=str(v.dtype).removeprefix("torch."), shape=tuple(v.shape)) for n, v in named)
-        batch = named[0][1].shape[0] if named and named[0][1].dim() else 1
-        bound = Inputs(args=args, kwargs=kwargs, specs=specs, dims={"N": batch}, source="the caller's tensors")
-    was_training = any(part.training for part in module.modules())
-    notes = ["the model is in training mode: a copy in eval mode is used"] if was_training else []
-    try:
-        # Always a copy: the original must not move to another device, nor keep tensors that were made without gradients.
-        copied = copy.deepcopy(module).eval()
-    except (RuntimeError, TypeError) as error:  # weight norm, locks, open files
-        if was_training:
-            raise Unsupported(f"the model cannot be copied, and it is in training mode: {error}", fix="model.eval() first") from error
-        copied = module
-        notes.append(f"the model cannot be copied, it is used itself: {error}")
-    floats = [p.dtype for p in module.parameters() if p.is_floating_point()]
-    model = Model(
-        form="module",
-        name=type(module).__name__,
-        module=copied,
-        dtype=str(max(set(floats), key=floats.count)).removeprefix("torch.") if floats else "float32",
-        num_parameters=sum(p.numel() for p in module.parameters()),
-        notes=notes,
-    )
-    return model, bound
 
 
 def _survey(device: str) -> facts.Survey:
@@ -334,4 +348,4 @@ def _report(verb: str, found: facts.Survey, runs: Sequence[Run]) -> Report:
     )
 
 
-__all__ = ["bench", "compile", "convert", "load", "profile"]
+__all__ = ["Optimized", "OptimizedPipeline", "bench", "compile", "convert", "load", "optimize", "profile"]

@@ -15,6 +15,7 @@ from gpuopt.core.result import Report, Run, Status
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 MARK = re.compile(r"<!-- table:(?P<name>[\w-]+) -->\n.*?<!-- /table -->", re.DOTALL)
+SEARCH = re.compile(r"<!-- search:(?P<name>[\w-]+) -->\n.*?<!-- /search -->", re.DOTALL)
 
 
 def table(name: str) -> str:
@@ -38,6 +39,26 @@ def table(name: str) -> str:
                 notes.append(f"Measured {quantity} ceiling of the same run: {ceiling.value / 1e12:.0f} TFLOP/s{told}.")
     notes.append(f"`{report.command}` wrote [`recipes/{name}/h200.json`](recipes/{name}/h200.json).")
     return "\n".join([*lines, "", " ".join(notes)])
+
+
+def searched(name: str) -> str:
+    """One search: what it chose and why, and the trials it measured."""
+    report = codec.read_json(Report, ROOT / "recipes" / name / "h200.json")
+    found = report.search
+    assert found is not None and found.choice is not None and report.device is not None
+    lines = [f"It chose **{found.choice.change or 'the input'}**: {found.choice.because}.", ""]
+    lines += ["| tried | expected, ms | screened, ms | in pairs, ms | samples/s | outcome |", "|---|--:|--:|--:|--:|---|"]
+    for trial in (t for t in found.trials if t.seconds is not None):
+        cells = [f"{v:,.4g}" if v is not None else "" for v in (trial.predicted_ms, trial.screened_ms, trial.measured_ms)]
+        rate = f"{trial.samples_per_s:,.0f}" if trial.samples_per_s else ""
+        lines.append(f"| {trial.label} | {' | '.join(cells)} | {rate} | {trial.outcome} |")
+    left = sum(t.seconds is None for t in found.trials)
+    lines += [
+        "",
+        f"{left} more were planned and not tried: {found.stopped}. {report.device.name}, driver {report.device.driver}, "
+        f"torch {report.environment.packages.get('torch')}. `{report.command}` wrote [`recipes/{name}/h200.json`](recipes/{name}/h200.json).",
+    ]
+    return "\n".join(lines)
 
 
 def row(run: Run) -> str:
@@ -75,7 +96,8 @@ def row(run: Run) -> str:
 
 def render(text: str) -> str:
     """README text with its tables made again."""
-    return MARK.sub(lambda m: f"<!-- table:{m['name']} -->\n{table(m['name'])}\n<!-- /table -->", text)
+    text = MARK.sub(lambda m: f"<!-- table:{m['name']} -->\n{table(m['name'])}\n<!-- /table -->", text)
+    return SEARCH.sub(lambda m: f"<!-- search:{m['name']} -->\n{searched(m['name'])}\n<!-- /search -->", text)
 
 
 def main() -> None:

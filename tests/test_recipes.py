@@ -14,6 +14,10 @@ from gpuopt.pipeline import recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(ROOT.glob("recipes/*/recipe.yaml"))
+MEASURED = [path for path in RECIPES if (path.parent / "h200.json").exists()]
+"""Those that a GPU has run; README says which have not been."""
+COMPARED = [path for path in MEASURED if recipe.read(path).verb == "bench"]
+SEARCHED = [path for path in MEASURED if recipe.read(path).verb == "optimize"]
 REPORTS = sorted(
     p for p in ROOT.glob("recipes/*/*.json") if p.parent.name not in ("predictions", "attribution")
 )  # those have a form of their own
@@ -22,7 +26,7 @@ REPORTS = sorted(
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.parent.name)
 def test_a_recipe_is_a_job(path: Path) -> None:
     job = recipe.read(path)
-    assert job.verb == "bench" and len(job.candidates) >= 2
+    assert (job.verb == "bench" and len(job.candidates) >= 2) or (job.verb == "optimize" and len(job.candidates) == 1)
 
 
 @pytest.mark.parametrize("path", REPORTS, ids=lambda p: f"{p.parent.name}-{p.stem}")
@@ -34,7 +38,7 @@ def test_a_report_in_the_tree_is_valid_and_says_which_command_made_it(path: Path
     assert "/root" not in path.read_text() and "/tmp" not in path.read_text()
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.parent.name)
+@pytest.mark.parametrize("path", COMPARED, ids=lambda p: p.parent.name)
 def test_the_report_beside_a_recipe_holds_its_candidates(path: Path) -> None:
     report = codec.read_json(Report, path.parent / "h200.json")
     wanted = {(c.backend.name, c.backend.preset, c.precision.value if c.precision else None) for c in recipe.read(path).candidates}
@@ -43,7 +47,7 @@ def test_the_report_beside_a_recipe_holds_its_candidates(path: Path) -> None:
     assert found == wanted or report.error is not None
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.parent.name)
+@pytest.mark.parametrize("path", COMPARED, ids=lambda p: p.parent.name)
 def test_no_figure_in_the_tree_lies_above_its_ceiling_and_every_timed_one_was_verified(path: Path) -> None:
     report = codec.read_json(Report, path.parent / "h200.json")
     timed = [run for run in report.runs if run.status is Status.OK and run.latency_ms is not None]
@@ -53,3 +57,17 @@ def test_no_figure_in_the_tree_lies_above_its_ceiling_and_every_timed_one_was_ve
         assert run.pct_of_measured is not None and 0 < run.pct_of_measured < 105
         assert run.accuracy is not None and run.accuracy.passed
         assert run.precision_audit is not None and run.precision_audit.honoured
+
+
+@pytest.mark.parametrize("path", SEARCHED, ids=lambda p: p.parent.name)
+def test_a_search_in_the_tree_chose_what_it_measured_and_verified(path: Path) -> None:
+    report = codec.read_json(Report, path.parent / "h200.json")
+    found = report.search
+    assert found is not None and found.choice is not None and found.goal == recipe.read(path).search.goal
+    chosen = next(trial for trial in found.trials if trial.key == found.choice.key)
+    assert chosen.outcome == "chosen" and chosen.time_ms
+    if not found.choice.keeps_input:
+        assert found.choice.speedup_low is not None and found.choice.speedup_low > 1
+        index = [trial.key for trial in found.trials if trial.seconds is not None].index(found.choice.key)
+        run = report.runs[index]
+        assert run.accuracy is not None and run.accuracy.passed and run.pct_of_spec is not None and run.pct_of_spec < 100

@@ -41,13 +41,13 @@ def compare(reference: Named, candidate: Named, twin: Named | None = None) -> tu
     compared (count, shape, kind, dtype) or must be equal and is not (integers, booleans, NaN and Inf) comes back with `passed` False and
     the reason. Sums are made in fp64 on the candidate's device, in chunks.
     """
-    others = _align(reference, candidate)
+    others = aligned(reference, candidate)
     if others is None:
         return _count_mismatch(reference, candidate)
     twins: list[Tensor | None] = [None] * len(reference)
     if twin is not None:
-        aligned = _align(reference, twin)
-        twins = [None] * len(reference) if aligned is None else list(aligned)
+        found = aligned(reference, twin)
+        twins = [None] * len(reference) if found is None else list(found)
     return tuple(_row(name, ours, theirs, like) for (name, ours), theirs, like in zip(reference, others, twins, strict=True))
 
 
@@ -101,8 +101,8 @@ def _children(value: Any) -> list[tuple[Any, Any]]:
     return list(enumerate(layers)) if isinstance(layers, Sequence) else []
 
 
-def _align(reference: Named, other: Named) -> list[Tensor] | None:
-    """`other`'s tensors in the reference's order; None when the counts differ."""
+def aligned(reference: Named, other: Named) -> list[Tensor] | None:
+    """`other`'s tensors in the reference's order, by name where both have the same names; None when the counts differ."""
     if len(reference) != len(other):
         return None
     by_name = dict(other)

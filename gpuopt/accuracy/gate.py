@@ -15,7 +15,7 @@ import torch
 from gpuopt.accuracy import compare as measure
 from gpuopt.accuracy.compare import Named
 from gpuopt.core.live import Inputs
-from gpuopt.core.result import Accuracy, OutputError, Stage
+from gpuopt.core.result import Accuracy, MetricResult, OutputError, Stage
 from gpuopt.core.spec import Tolerance
 
 WARN_RATIO = 1.5
@@ -24,6 +24,9 @@ FEW_ELEMENTS = 10
 FEW_RATIO = 10.0
 """An output of under ten elements is too short a sample of either error for a ratio of 3: for two independent errors of 4 elements, 3% exceed it
 (F distribution), 0.03% exceed 10. torch._dynamo.utils.same widens likewise."""
+LOST = 0.5
+"""Relative error from which a cast has lost the answer, however well it agrees with eager at the same dtype: an fp16 sum that overflowed to Inf and was divided by
+gives zeros in both. bf16 costs a deep transformer 0.036 (measuring.md D.2); no format that fits a model comes near."""
 NO_YARDSTICK = 25.0
 """Times the precision's floor (its unit roundoff) allowed where eager shows no error: there is no eager (an ONNX file), or the reference was computed
 just as eager is (`reference: fp32`). Eager's own error on the transformer of measuring.md D.2 was 8 unit roundoffs in fp16, 9 in bf16; three times that."""
@@ -41,8 +44,8 @@ def judge_stage(
 ) -> Stage:
     """Flattened outputs, one list a seed -> a stage's verdict, with the worst seed of each output.
 
-    `name` is `structure` or `precision` and picks the limits. `spread` is what two calls of the candidate on one input differ by
-    (compare.spread); it joins the floor, never beyond doubling the limit, or noise would excuse anything.
+    `name` is `structure`, or says what else was compared: that is held to the limits of the candidate's precision. `spread` is what two calls of
+    the candidate on one input differ by (compare.spread); it joins the floor, never beyond doubling the limit, or noise would excuse anything.
     """
     numbers = tuple(seeds) or tuple(range(len(reference)))
     by_seed = {
@@ -80,6 +83,22 @@ def judge_rows(
     )
 
 
+def without_lost(stage: Stage) -> Stage:
+    """For a candidate that was cast: outputs that are mostly error fail, whatever eager at the same dtype makes of them."""
+    rows = tuple(_found_lost(row) for row in stage.outputs)
+    if rows == stage.outputs:
+        return stage
+    worst = max(rows, key=_badness)
+    return replace(stage, outputs=rows, passed=False, worst=worst.name, reason=f"{stage.name}: {worst.name}: {worst.reason}")
+
+
+def _found_lost(row: OutputError) -> OutputError:
+    if not row.passed or row.relative_rmse is None or row.rms_reference is None or row.relative_rmse <= LOST:
+        return row
+    reason = f"error {_relative(row)} of the reference: the precision is too narrow for this model, eager in it loses as much"
+    return replace(row, passed=False, limit_rmse=LOST * row.rms_reference, reason=reason)
+
+
 def verdict(
     stages: Sequence[Stage],
     reference: str,
@@ -87,21 +106,29 @@ def verdict(
     *,
     mutates_inputs: bool = False,
     reference_mutates_inputs: bool = False,
+    unstable: str = "",
+    metric: MetricResult | None = None,
     notes: Sequence[str] = (),
 ) -> Accuracy:
     """All stages -> one Accuracy. No stage at all is a failure: nothing was verified.
 
-    `reference` says what the yardstick was (`fp64`, or `fp32: why`). A candidate that changes its inputs fails unless the model itself does.
+    `reference` says what the yardstick was (`fp64`, or `fp32: why`). A candidate that changes its inputs fails unless the model itself does. `unstable` says why the
+    model cannot even be held against itself: then nothing can be held against it.
     """
-    # The first stage that failed explains the others; where none did, the last is what the candidate really runs.
-    shown = next((stage for stage in stages if not stage.passed), stages[-1] if stages else None)
+    # The first stage that failed explains the others; where none did, `precision` is what the candidate really runs.
+    usual = next((stage for stage in stages if stage.name == "precision"), stages[-1] if stages else None)
+    shown = next((stage for stage in stages if not stage.passed), usual)
     worst = next((row for row in shown.outputs if row.name == shown.worst), None) if shown else None
-    reason = shown.reason if shown else ""
+    reason = unstable or (shown.reason if shown else "")
     if not stages:
         reason = "no stage was run, so nothing is verified"
     if mutates_inputs and not reference_mutates_inputs:
         reason = reason or "the candidate writes into its inputs, which the model does not"
+    if metric is not None and not metric.passed:
+        reason = reason or metric.reason
     said = list(notes)
+    if metric is not None and metric.value is not None:
+        said.append(f"metric {metric.name}: {metric.value:.6g} where eager has {metric.reference:.6g}, over {metric.num_samples} samples")
     if deterministic is False:
         said.append("two calls on the same input gave different bits; their spread is part of the limit")
     if not reference.startswith("fp64"):
@@ -120,6 +147,7 @@ def verdict(
         mutates_inputs=mutates_inputs,
         reason=reason,
         notes=tuple(said),
+        metric=metric,
     )
 
 
@@ -142,19 +170,19 @@ def _judge(stage: str, row: OutputError, tolerance: Tolerance, pooled: float | N
     """The row with its limit and verdict. Rows that already failed (shape, dtype, integers, NaN) stay failed."""
     if not row.passed or row.rmse is None or row.rms_reference is None:
         return row
-    if stage == "precision" and tolerance.max_error is not None and row.rmse > tolerance.max_error * row.rms_reference:
+    structure = stage == "structure"
+    if not structure and tolerance.max_error is not None and row.rmse > tolerance.max_error * row.rms_reference:
         return replace(
             row,
             passed=False,
             limit_rmse=tolerance.max_error * row.rms_reference,
             reason=f"relative error {_relative(row)} is above the limit of {tolerance.max_error:g} that was asked for",
         )
-    if stage == "precision" and tolerance.min_snr_db is not None:
+    if not structure and tolerance.min_snr_db is not None:
         limit = row.rms_reference * 10 ** (-tolerance.min_snr_db / 20)
         shown = "-inf" if row.snr_db is None else f"{row.snr_db:.1f}"
         reason = f"signal to noise {shown} dB is under {tolerance.min_snr_db:g} dB"
         return replace(row, limit_rmse=limit, passed=row.rmse <= limit, reason="" if row.rmse <= limit else reason)
-    structure = stage == "structure"
     ratio = tolerance.structure_ratio if structure else tolerance.precision_ratio
     floor = tolerance.structure_floor if structure else tolerance.precision_floor
     num_elements = 1

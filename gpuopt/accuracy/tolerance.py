@@ -21,8 +21,9 @@ eager twin may be lucky on an output it hardly touched, so it is the floor of st
 APPROXIMATION_FLOOR = 1e-3
 """Structure floor of a declared approximation; tanh GELU for erf GELU is 2.7e-4 of RMS over six layers, 871 times eager fp32's ratio limit aside."""
 
-SNR_DB = {Precision.INT8: 20.0, Precision.FP8: 17.0}
-"""Quantised candidates have no eager twin. int8 weights reach 26 dB, dynamic fp8 by row on a random BERT-large 18 dB; 20 dB is 10% relative error."""
+SNR_DB = {Precision.W8: 23.0, Precision.INT8: 20.0, Precision.FP8: 17.0}
+"""Quantised candidates have no eager twin. int8 weights reach 26 dB, dynamic fp8 by row on a random BERT-large 18 dB; 20 dB is 10% relative error.
+w8 rounds one operand of each product where int8 rounds both: half the noise power, 3 dB more are asked of it."""
 
 
 def default(precision: Precision | None, *, approximate: bool = False) -> Tolerance:
@@ -31,17 +32,19 @@ def default(precision: Precision | None, *, approximate: bool = False) -> Tolera
     # Eager fp32 and a correct fp32 rewrite differ by summation order alone: 2. Lower precisions also differ in where they round: 3
     # (torch._dynamo.utils.same uses the same two).
     ratio = 2.0 if precision in (Precision.FP32, Precision.FP64) else 3.0
+    floor = _UNIT_ROUNDOFF.get(precision, 1e-6)
     return Tolerance(
         structure_ratio=3.0,
         structure_floor=APPROXIMATION_FLOOR if approximate else 1e-4,
         precision_ratio=ratio,
-        precision_floor=_UNIT_ROUNDOFF.get(precision, 1e-6),
+        # In fp32 both stages look at the same outputs: what the one allows, the other cannot refuse.
+        precision_floor=max(floor, APPROXIMATION_FLOOR) if approximate and floor == 1e-6 else floor,
         min_snr_db=SNR_DB.get(precision),
     )
 
 
-def merged(precision: Precision | None, asked: Tolerance) -> Tolerance:
+def merged(precision: Precision | None, asked: Tolerance, *, approximate: bool = False) -> Tolerance:
     """Defaults for the precision, with every field of `asked` that differs from a plain Tolerance() put over them."""
     plain = Tolerance()
     changed = {f.name: getattr(asked, f.name) for f in fields(Tolerance) if getattr(asked, f.name) != getattr(plain, f.name)}
-    return replace(default(precision), **changed)
+    return replace(default(precision, approximate=approximate), **changed)

@@ -25,7 +25,7 @@ INTERNAL = frozenset({"null"})
 
 SUMMARY = {
     "eager": "PyTorch as it is: what every other backend is measured against",
-    "inductor": "torch.compile; presets reduce-overhead, max-autotune, freezing and their combinations",
+    "inductor": "torch.compile; presets graphed, reduce-overhead, max-autotune, freezing and their combinations",
     "cudagraphs": "eager captured once into a CUDA graph and replayed",
     "aoti": "AOTInductor: compiled ahead of time into a package that loads without the model's code",
     "ort": "ONNX Runtime, CPU or CUDA provider, inputs and outputs bound on the device",

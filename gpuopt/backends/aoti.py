@@ -21,7 +21,7 @@ from gpuopt.core.live import Inputs, Model
 from gpuopt.core.result import PrecisionAudit
 from gpuopt.core.spec import Precision
 from gpuopt.core.tally import Tally
-from gpuopt.programs import artifact, cuda, generated, inductor
+from gpuopt.programs import artifact, cuda, generated, inductor, ops
 from gpuopt.programs.export import export
 from gpuopt.programs.weigh import tally_for
 from gpuopt.trust import gate
@@ -56,8 +56,8 @@ def supports(form: str, precision: Precision | None, device: str) -> str | None:
         return "a ScriptModule cannot be exported to a graph"
     if form not in FORMS:
         return f"AOTInductor takes PyTorch modules and exported programs, not {form}"
-    if precision in (Precision.FP8, Precision.INT8):
-        return f"a module cannot be cast to {precision}: quantise it first"
+    if precision is not None and precision.is_quantised and form != "module":
+        return f"{precision} replaces a module's layers: this is {form}"
     if precision is Precision.TF32 and not device.startswith("cuda"):
         return "TF32 is a mode of NVIDIA tensor cores"
     return None
@@ -109,6 +109,7 @@ def load(folder: Path, files: Mapping[str, str], options: Mapping[str, Any], dev
     """A bundle's packages, as they are. `options`: `trust` and `signed_by_us`, which the gate asks for."""
     accepts = artifact.read_accepts(folder, files)
     packages = {role.partition(":")[2].partition("=")[0]: folder / name for role, name in files.items() if role.partition(":")[0] == "aoti"}
+    ops.register()  # what is compiled calls operators of ours by name
     calls = {k: gate.load_aoti(path, **artifact.consent(options), device_index=_index(device)) for k, path in packages.items()}
     return PackageRunner(calls=calls, accepts=accepts, device=_indexed(device), packages=packages, precision=options.get("precision"))
 

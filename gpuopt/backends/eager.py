@@ -38,8 +38,8 @@ def supports(form: str, precision: Precision | None, device: str) -> str | None:
     """Why this form, precision and device cannot be, or None."""
     if form not in FORMS:
         return f"eager runs PyTorch modules, not {form}"
-    if precision in (Precision.FP8, Precision.INT8):
-        return f"a module cannot be cast to {precision}: quantise it first"
+    if precision is not None and precision.is_quantised and form != "module":
+        return f"{precision} replaces a module's layers: this is {form}"
     if precision is Precision.TF32 and not device.startswith("cuda"):
         return "TF32 is a mode of NVIDIA tensor cores"
     return None

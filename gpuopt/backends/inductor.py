@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import torch._dynamo
 
-from gpuopt.core.accepts import device_of
-from gpuopt.core.errors import Unsupported
+from gpuopt.core.accepts import Accepts, device_of
+from gpuopt.core.errors import Unsupported, UsageError
 from gpuopt.core.launches import Launch
 from gpuopt.core.live import Inputs, Model
 from gpuopt.core.result import PrecisionAudit
 from gpuopt.core.spec import Precision
-from gpuopt.programs import artifact, breaks, cuda, generated
+from gpuopt.programs import artifact, breaks, capture, cuda, generated
 from gpuopt.programs import inductor as compiler
 from gpuopt.programs.plain import copied, plain
 from gpuopt.programs.sample import widened, zeros
@@ -33,8 +33,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     "freezing-reduce-overhead": {"freezing": True, "triton.cudagraphs": True},
     "max-autotune-freezing": {"freezing": True, "max_autotune": True, "coordinate_descent_tuning": True, "triton.cudagraphs": True},
     "max-autotune-freezing-no-cudagraphs": {"freezing": True, "max_autotune": True, "coordinate_descent_tuning": True},
-}
-"""Inductor's own settings; the first four are torch.compile's modes. `freezing` folds weights (batch norm into convolutions) and wants inference."""
+    "graphed": {"triton.cudagraphs": False},
+    "freezing-graphed": {"freezing": True, "triton.cudagraphs": False},
+    "max-autotune-graphed": {"max_autotune": True, "coordinate_descent_tuning": True, "triton.cudagraphs": False},
+    "max-autotune-freezing-graphed": {
+        "freezing": True, "max_autotune": True, "coordinate_descent_tuning": True, "triton.cudagraphs": False,
+    },
+}  # fmt: skip
+"""Inductor's own settings; the first four are torch.compile's modes. `freezing` folds weights (batch norm into convolutions) and wants inference.
+
+`graphed`: the whole call, guards and code between graph breaks included, is recorded once as one CUDA graph of ours. Under `reduce-overhead` every call goes through Dynamo's guards
+and Inductor's trees of graphs, which decide in Python what to replay: worth it where a program calls many graphs in changing order, and time lost where it calls one.
+"""
+_GRAPHED = "graphed"
+"""Ending of the presets whose code we record."""
 
 _OWN = frozenset({"preset", "precision", "dynamic", "static_outputs", "fullgraph", "trust", "signed_by_us"})
 
@@ -57,8 +69,8 @@ def supports(form: str, precision: Precision | None, device: str) -> str | None:
         return "torch.compile does not look into a ScriptModule: it would run as it is, uncompiled"
     if form not in FORMS:
         return f"torch.compile takes PyTorch modules, not {form}"
-    if precision in (Precision.FP8, Precision.INT8):
-        return f"a module cannot be cast to {precision}: quantise it first"
+    if precision is not None and precision.is_quantised and form != "module":
+        return f"{precision} replaces a module's layers: this is {form}"
     if precision is Precision.TF32 and not device.startswith("cuda"):
         return "TF32 is a mode of NVIDIA tensor cores"
     return None
@@ -69,7 +81,9 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> InductorR
 
     `options`: `preset`, `precision`, `dynamic`; `fullgraph=true` makes a graph break an error; `static_outputs=true` returns CUDA-graph memory
     that the next call overwrites; anything else is a setting of Inductor by its own name (`epilogue_fusion=false`).
-    Raises UsageError for an unknown preset or setting, Unsupported when nothing was captured or the preset needs a GPU; what the compiler raises goes through.
+    The `graphed` presets record one CUDA graph a shape: of the inputs' shape here, with `dynamic` of any other when it is first called with (`capture.KEPT` are kept).
+    Raises UsageError for an unknown preset or setting, Unsupported when nothing was captured, the preset needs a GPU, or what was compiled cannot be recorded; what the compiler
+    raises goes through.
     """
     device = device_of(inputs)
     settings, notes = _settings(options, device)
@@ -88,8 +102,8 @@ def load(folder: Path, files: Mapping[str, str], options: Mapping[str, Any], dev
     runner = InductorRunner(module=module, device=device, settings=settings, options=options, inputs=None, dynamic={})
     runner.notes += [*notes, "compiled again from the exported program of the bundle"]
     args, kwargs = zeros(accepts)
-    runner.compile(Inputs(args=args, kwargs=kwargs))
     runner.accepts = accepts
+    runner.compile(Inputs(args=args, kwargs=kwargs))
     return runner
 
 
@@ -108,7 +122,7 @@ class InductorRunner:
     ) -> None:
         self.device = device
         self.notes: list[str] = []
-        self.accepts: Any = None
+        self.accepts: Accepts | None = None
         """What a loaded program was exported for; a module being compiled accepts whatever it can."""
         self._module = module
         self._inputs = inputs
@@ -116,7 +130,9 @@ class InductorRunner:
         self._precision = options.get("precision")
         self._reader = compiler.GraphReader(tally_for(device))
         self._graphs = bool(settings.get("triton.cudagraphs"))
-        self._copies = self._graphs and not options.get("static_outputs", False)
+        self._is_static = bool(options.get("static_outputs", False))
+        self._is_recording = str(options.get("preset")).endswith(_GRAPHED)
+        self._recorded: capture.Graphs | None = None
         self._skipped = 0
         self._heard = breaks.Heard()
         self._generated: list[generated.Generated] = []
@@ -127,6 +143,8 @@ class InductorRunner:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own outputs; under CUDA graphs, copies of them in plain containers, which the next call does not touch."""
+        if self._recorded is not None:
+            return self._recorded(*args, **kwargs)
         if self.accepts is not None:
             self.accepts.check(args, kwargs)
         # no_grad, not inference_mode: the compiled code tracks no views anyway, and inference tensors are refused by some graph inputs.
@@ -135,10 +153,15 @@ class InductorRunner:
                 return self._call(*args, **kwargs)
             torch.compiler.cudagraph_mark_step_begin()
             out = self._call(*args, **kwargs)
-            return copied(plain(out)) if self._copies else out
+            return out if self._is_static else copied(plain(out))
 
     def compile(self, inputs: Inputs) -> None:
         """First calls: everything that compiles, warms up or records a graph happens here, and what it gave up on is noted."""
+        accepts = None
+        if self._is_recording:
+            accepts = replace(self.accepts or Accepts.of(inputs, self._dynamic), any_layout=True, align_bytes=1)
+            # The layout and alignment of the buffers the graph will run on: code for others would be compiled first, and listed.
+            inputs = inputs.map(capture.buffer)
         # The limit is kept by code object: a process that compiles one class many times (a search, a test) would end in silent eager.
         with (
             self._heard.listening(),
@@ -159,7 +182,11 @@ class InductorRunner:
                 self(*inputs.args, **inputs.kwargs)
                 if self._heard.num_compiled == compiled:
                     break
+            else:
+                self._refuse_restless()
             cuda.synchronize(self.device)
+            if accepts is not None and self._reader.num_graphs:
+                self._record(accepts, inputs)
         broken, reasons, skips = self._heard.breaks, self._heard.skips, self._heard.num_skipped
         if broken:
             total = broken.total()
@@ -172,6 +199,33 @@ class InductorRunner:
             self._skipped = skips
             why = "; ".join(dict.fromkeys(_first_line(r) for r in reasons)) or "Inductor gave no reason"
             self.notes.append(f"CUDA graphs were asked for and skipped in {skips} graph{'s' if skips > 1 else ''}: {why}")
+
+    def _refuse_restless(self) -> None:
+        """What is compiled anew in every call has no code that could be recorded."""
+        if self._is_recording:
+            function, guard = (self._heard.recompiles or [("forward", "a guard that fails every time")])[-1]
+            raise Unsupported(
+                f"every call is compiled anew, so there is no code to record: {function}: {guard}",
+                fix="keep what forward() counts out of plain Python attributes, or use the preset default",
+            )
+
+    def _record(self, accepts: Accepts, inputs: Inputs) -> None:
+        graphs = capture.Graphs(
+            self._call,
+            accepts,
+            holds=capture.tensors_of(self._module),
+            static_outputs=self._is_static,
+            remedy=f"{capture.REMEDY}, or use a preset without CUDA graphs",
+        )
+        graphs.record(inputs)
+        self._recorded, self.accepts = graphs, accepts
+        if self._is_static:
+            self.notes.append(capture.STATIC_OUTPUTS)
+
+    @property
+    def static_inputs(self) -> tuple[torch.Tensor, ...]:
+        """Of a `graphed` preset, the buffers of the graph used last: writing into them and passing them costs no copy. Empty for the others."""
+        return self._recorded.static_inputs if self._recorded is not None else ()
 
     def audit(self) -> PrecisionAudit | None:
         """From the post-grad graphs, as Inductor handed them to its code generator."""
@@ -206,6 +260,8 @@ class InductorRunner:
 
     def close(self) -> None:
         """Let go of the module and its compiled code. Dynamo is not reset: that would make every other runner of this process compile again."""
+        if self._recorded is not None:
+            self._recorded.close()
         self._call = None
         self._module = None
         self._inputs = None
@@ -216,8 +272,12 @@ def _settings(options: Mapping[str, Any], device: str) -> tuple[dict[str, Any], 
     settings = compiler.settings("inductor", PRESETS, options, own=_OWN, names="static_outputs, fullgraph, or ")
     preset = options.get("preset") or "default"
     notes = []
-    if PRESETS[preset].get("triton.cudagraphs") and not device.startswith("cuda"):
-        if preset.endswith("reduce-overhead"):
+    if preset.endswith(_GRAPHED) and settings["triton.cudagraphs"]:
+        raise UsageError(
+            f"preset {preset} records the graph itself: Inductor's own would lie inside it", fix="leave triton.cudagraphs away"
+        )
+    if "triton.cudagraphs" in PRESETS[preset] and not device.startswith("cuda"):
+        if preset.endswith(("reduce-overhead", _GRAPHED)):
             raise Unsupported(
                 f"preset {preset} means CUDA graphs, and the model is on {device}", fix="use --device cuda, or the preset default"
             )

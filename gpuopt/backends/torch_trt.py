@@ -19,7 +19,7 @@ from gpuopt.core.live import Inputs, Model
 from gpuopt.core.result import PrecisionAudit
 from gpuopt.core.spec import Precision
 from gpuopt.core.tally import Tally
-from gpuopt.programs import artifact
+from gpuopt.programs import artifact, ops
 from gpuopt.programs.export import export
 from gpuopt.trust import gate
 
@@ -49,8 +49,8 @@ def supports(form: str, precision: Precision | None, device: str) -> str | None:
         return "a ScriptModule cannot be exported to a graph"
     if form not in FORMS:
         return f"torch_tensorrt takes PyTorch modules and exported programs, not {form}: use the backend trt"
-    if precision in (Precision.FP8, Precision.INT8):
-        return f"a module cannot be cast to {precision}: quantise it first"
+    if precision is not None and precision.is_quantised:
+        return f"torch_tensorrt knows nothing of the products that {precision} is made of: use inductor, aoti or cudagraphs"
     if precision is Precision.FP64:
         return "TensorRT has no fp64"
     return None if device.startswith("cuda") else f"TensorRT runs on an NVIDIA GPU, not on {device}"
@@ -93,6 +93,7 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> EngineRun
 def load(folder: Path, files: Mapping[str, str], options: Mapping[str, Any], device: str) -> EngineRunner:
     """A bundle's program with its engines inside; torch_tensorrt's operators were registered by importing it."""
     accepts = artifact.read_accepts(folder, files)
+    ops.register()
     program = gate.load_exported(folder / files["torch-trt"], **artifact.consent(options))
     return EngineRunner(
         module=program.module(), accepts=accepts, device=device, program=None, inputs=None, precision=options.get("precision"), settings={}

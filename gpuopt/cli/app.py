@@ -29,6 +29,7 @@ from gpuopt.cli.compile import compile as compile_
 from gpuopt.cli.convert import convert
 from gpuopt.cli.device import device
 from gpuopt.cli.doctor import doctor
+from gpuopt.cli.optimize import optimize
 from gpuopt.cli.profile import profile
 from gpuopt.cli.report import report
 from gpuopt.cli.run import run as run_recipe
@@ -41,7 +42,7 @@ UsageProblem: type[Exception] = cast(type[Exception], typer.BadParameter.__mro__
 
 app = typer.Typer(
     name="gpuopt",
-    help="Profile, convert, compile and bench PyTorch models against the roofline, with proof.",
+    help="Profile, optimize, compile and bench PyTorch models against the roofline, with proof.",
     epilog="Start with: gpuopt profile MODEL",
     no_args_is_help=True,
     add_completion=True,
@@ -52,7 +53,7 @@ app = typer.Typer(
 
 COMMANDS: dict[str, dict[str, Callable[..., int]]] = {
     "Ask about a model": {"profile": profile, "doctor": doctor, "bench": bench, "compare": compare},
-    "Make it faster": {"convert": convert, "compile": compile_},
+    "Make it faster": {"optimize": optimize, "compile": compile_, "convert": convert},
     "This machine": {"device": device, "backends": backends, "trust": trust},
     "Again": {"run": run_recipe, "report": report},
 }
@@ -79,7 +80,7 @@ def _print_version(asked: bool) -> None:
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)] = False,
 ) -> None:
-    """Profile, convert, compile and bench PyTorch models against the roofline, with proof."""
+    """Profile, optimize, compile and bench PyTorch models against the roofline, with proof."""
 
 
 class Terminated(BaseException):

@@ -23,9 +23,11 @@ def bench(
     precision: o.PrecisionsOpt = None,
     channels_last: o.ChannelsLastOpt = False,
     fold_bn: o.FoldOpt = False,
+    rewrite: o.RewriteOpt = None,
     keep_fp32: o.KeepOpt = None,
     device: o.DevicesOpt = "auto",
     input_mode: o.InputModeOpt = "device",
+    generate: o.GenerateOpt = None,
     min_time: o.MinTimeOpt = None,
     max_time: o.MaxTimeOpt = None,
     pairs: o.PairsOpt = None,
@@ -35,6 +37,11 @@ def bench(
     verify: o.VerifyOpt = "full",
     tolerance: o.ToleranceOpt = None,
     max_error: o.MaxErrorOpt = None,
+    eval_data: o.EvalDataOpt = None,
+    metric: o.MetricOpt = None,
+    min_metric_ratio: o.MinMetricRatioOpt = None,
+    metric_lower_is_better: o.LowerIsBetterOpt = False,
+    calib: o.CalibOpt = None,
     min_tflops: o.MinTflopsOpt = None,
     max_latency: o.MaxLatencyOpt = None,
     baseline: o.BaselineOpt = None,
@@ -57,11 +64,17 @@ def bench(
 
     Example: gpuopt bench model.pt -b eager -b inductor -p fp32 -p fp16 --batch 1,64 --max-latency 15ms
 
+    With --generate N, a call is a whole greedy generation: generate() as shipped against a static cache with compiled steps in CUDA graphs,
+    tokens compared, tokens a second beside what reading the weights allows. Of backends, eager, cudagraphs and inductor generate.
+
     Example: gpuopt bench model.pt --device cpu,cuda
+
+    Example: gpuopt bench gpuopt.models:llama_8b --generate 128 --dim S=128
     """
     typed = dict(locals())
     from gpuopt.cli import request as r
     from gpuopt.cli.show import run
+    from gpuopt.core.generation import GenerateSpec
     from gpuopt.core.spec import Job
     from gpuopt.pipeline import jobs
 
@@ -82,6 +95,7 @@ def bench(
             allow_inconclusive=allow_inconclusive,
         ),
         strict=strict,
+        generate=None if generate is None else GenerateSpec(new_tokens=generate, backends_named=bool(backend)),
         command=r.command_line(),
     )
     return run(r.checked(job), jobs.bench, json=json, quiet=quiet, force=force, ask=not no_input)

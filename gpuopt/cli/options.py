@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from gpuopt.converters.rewrites import REWRITES
+
 MODEL = "Model"
 INPUTS = "Inputs"
 BUILD = "What to build"
@@ -131,6 +133,15 @@ PrecisionsOpt = Annotated[
 ]
 ChannelsLastOpt = Annotated[bool, _option("--channels-last", help="Lay images out channels last.", panel=BUILD)]
 FoldOpt = Annotated[bool, _option("--fold-bn", help="Fold batch norms into the convolutions before them.", panel=BUILD)]
+RewriteOpt = Annotated[
+    list[str] | None,
+    _option(
+        "--rewrite",
+        metavar="NAME[:SETTING]",
+        help=f"Change the model's own code before the backend sees it: {', '.join(REWRITES)}. Verified like a backend. Repeatable, made in this order.",
+        panel=BUILD,
+    ),
+]
 KeepOpt = Annotated[
     list[str] | None,
     _option("--keep-fp32", metavar="MODULE", help="Leave this module in fp32 when the rest is cast. Repeatable.", panel=BUILD),
@@ -152,6 +163,16 @@ BuildOnlyOpt = Annotated[
     bool, _option("--build-only", help="Build without running: for a GPU that is not here. The bundle says verified: false.", panel=BUILD)
 ]
 
+GenerateOpt = Annotated[
+    int | None,
+    _option(
+        "--generate",
+        metavar="N",
+        help="Time the greedy generation of N tokens after each prompt (--dim S=128 is its length), not single calls.",
+        panel=MEASURE,
+        min=1,
+    ),
+]
 MinTimeOpt = Annotated[
     str | None,
     _option("--min-time", metavar="TIME", help="Time each candidate at least this long, as in 500ms, 2s. Default 1s.", panel=MEASURE),
@@ -201,6 +222,32 @@ ToleranceOpt = Annotated[
         help="A candidate's error may be this many times eager's at the same precision. Default 3.",
         panel=RIGHT,
     ),
+]
+EvalDataOpt = Annotated[
+    str | None,
+    _option(
+        "--eval-data",
+        metavar="FILE",
+        help=".npz or .safetensors of real samples, one array an input: more inputs for the check, and what --metric is computed on. Other arrays are targets.",
+        panel=RIGHT,
+    ),
+]
+MetricOpt = Annotated[
+    str | None,
+    _option(
+        "--metric",
+        metavar="PKG.MOD:FN|FILE.py:FN",
+        help="Your own score, fn(outputs, batch) or fn(outputs, targets): a candidate must keep --min-metric-ratio of what eager scores.",
+        panel=RIGHT,
+    ),
+]
+MinMetricRatioOpt = Annotated[
+    float | None,
+    _option("--min-metric-ratio", metavar="SHARE", help="Of --metric: the share of eager's score to keep. Default 0.99.", panel=RIGHT),
+]
+LowerIsBetterOpt = Annotated[bool, _option("--metric-lower-is-better", help="Of --metric: it is a loss, or a rate of errors.", panel=RIGHT)]
+CalibOpt = Annotated[
+    str | None, _option("--calib", metavar="FILE", help="Further real inputs for the check, in the form of --eval-data.", panel=RIGHT)
 ]
 AllowInaccurateOpt = Annotated[bool, _option("--allow-inaccurate", help="Write the result even if it failed verification.", panel=RIGHT)]
 

@@ -27,6 +27,7 @@ def profile(
     precision: o.PrecisionOpt = None,
     channels_last: o.ChannelsLastOpt = False,
     fold_bn: o.FoldOpt = False,
+    rewrite: o.RewriteOpt = None,
     keep_fp32: o.KeepOpt = None,
     device: o.DeviceOpt = "auto",
     input_mode: o.InputModeOpt = "device",

@@ -10,9 +10,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from gpuopt.converters import rewrites
 from gpuopt.core import units
 from gpuopt.core.errors import UsageError
-from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, DimSpec, Gates, InputSpec, Job, ModelRef, TensorSpec, Tolerance, Transforms
+from gpuopt.core.spec import (
+    BackendSpec,
+    BenchSpec,
+    Candidate,
+    DimSpec,
+    EvalSpec,
+    Gates,
+    InputSpec,
+    Job,
+    ModelRef,
+    TensorSpec,
+    Tolerance,
+    Transforms,
+)
 from gpuopt.pipeline import recipe
 from gpuopt.reports.figures import clean
 
@@ -36,9 +50,18 @@ def candidates(texts: Sequence[str], typed: Mapping[str, Any], *, device: str | 
         inputs=inputs(input=typed["input"], inputs=typed["inputs"], batch=typed["batch"], dim=typed["dim"], seed=typed["seed"]),
         backends=backends(_several(typed.get("backend")), preset=typed.get("preset"), option=typed.get("option")),
         precisions=precisions(_several(typed["precision"])),
-        transforms=transforms(channels_last=typed["channels_last"], fold_bn=typed["fold_bn"], keep_fp32=typed["keep_fp32"]),
+        transforms=transforms(
+            channels_last=typed["channels_last"], fold_bn=typed["fold_bn"], keep_fp32=typed["keep_fp32"], rewrite=typed["rewrite"]
+        ),
         input_modes=input_modes(typed.get("input_mode", "device")),
         device=typed["device"] if device is None else device,
+        evaluation=evaluation(
+            eval_data=typed.get("eval_data"),
+            metric=typed.get("metric"),
+            min_metric_ratio=typed.get("min_metric_ratio"),
+            metric_lower_is_better=typed.get("metric_lower_is_better", False),
+            calib=typed.get("calib"),
+        ),
     )
 
 
@@ -120,9 +143,27 @@ def input_modes(text: str) -> tuple[str, ...]:
     return recipe.INPUT_MODES if text == "both" else (text,)
 
 
-def transforms(*, channels_last: bool, fold_bn: bool, keep_fp32: Sequence[str] | None) -> Transforms:
-    """Changes to the module before a backend sees it."""
-    return Transforms(channels_last=channels_last, fold_batch_norm=fold_bn, keep_fp32=tuple(keep_fp32 or ()))
+def transforms(*, channels_last: bool, fold_bn: bool, keep_fp32: Sequence[str] | None, rewrite: Sequence[str] | None = None) -> Transforms:
+    """Changes to the module before a backend sees it. Raises UsageError for a rewrite that there is none of."""
+    return Transforms(
+        channels_last=channels_last, fold_batch_norm=fold_bn, keep_fp32=tuple(keep_fp32 or ()), rewrites=rewrites.checked(rewrite or ())
+    )
+
+
+def evaluation(
+    *,
+    eval_data: str | None = None,
+    metric: str | None = None,
+    min_metric_ratio: float | None = None,
+    metric_lower_is_better: bool = False,
+    calib: str | None = None,
+) -> EvalSpec:
+    """Real data for the accuracy gate and the user's own metric."""
+    spec = EvalSpec(data=eval_data, metric=metric, lower_is_better=metric_lower_is_better, calib=calib)
+    if metric is None and (min_metric_ratio is not None or metric_lower_is_better):
+        which = "--min-metric-ratio" if min_metric_ratio is not None else "--metric-lower-is-better"
+        raise UsageError(f"{which} is about a metric, and none is given", fix="--metric file.py:function")
+    return spec if min_metric_ratio is None else replace(spec, min_ratio=min_metric_ratio)
 
 
 def bench(

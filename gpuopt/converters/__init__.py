@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def apply(model: Model, precision: Precision | None, transforms: Transforms, inputs: Inputs | None = None) -> Model:
-    """A changed copy of `model`: eval mode, then batch norms folded, then the cast, then the memory layout. The given model is left alone; see `change.apply`."""
+    """A changed copy of `model`: eval mode, then batch norms folded, then rewrites in the order given, then the cast, then the memory layout. The given model is left alone; see `change.apply`."""
     from gpuopt.converters import change
 
     return change.apply(model, precision, transforms, inputs)

@@ -1,4 +1,4 @@
-"""Model + Precision + Transforms -> changed Model, in the one order that is right: eval, fold, cast, layout."""
+"""Model + Precision + Transforms -> changed Model, in the one order that is right: eval, fold, rewrite, cast, layout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gpuopt.converters import exported, folding, layout, precision
+from gpuopt.converters import exported, folding, layout, precision, quantised, rewrites
 from gpuopt.core.errors import Unsupported
 from gpuopt.core.live import Inputs, Model
 from gpuopt.core.spec import Precision, TensorSpec, Transforms
@@ -19,11 +19,12 @@ def apply(model: Model, to: Precision | None, transforms: Transforms, inputs: In
     """A changed copy; `model` itself, uncopied, where nothing has to change (a copy of 16 GB is not free). What was done is in `notes`.
 
     `to`: None keeps the model's dtype; fp32 and tf32 are both a cast to float32 (see `precision.flags`). `inputs`, of any floating dtype, let folding see which
-    layer feeds which batch norm, and are needed to cast an exported program. Folding comes before the cast: it is computed from the full weights.
-    Raises Unsupported where this form cannot be changed so, UsageError for a `keep_fp32` that names nothing.
+    layer feeds which batch norm, and are needed to cast an exported program. Folding and rewrites come before the cast: they are computed from the full weights.
+    `keep_fp32` names modules as they are after the rewrites.
+    Raises Unsupported where this form cannot be changed so, UsageError for a `keep_fp32` that names nothing and a rewrite that there is none of.
     """
-    if to in (Precision.FP8, Precision.INT8) and to.dtype != model.dtype:
-        raise Unsupported(f"{to} is not a cast: its values need scales", fix="a backend that quantises, or --precision fp16")
+    if to is not None and to.is_quantised and model.form != "module":
+        raise Unsupported(f"{to} replaces layers, and {_named(model.form)} has none to replace", fix="convert the source model")
     if model.form == "module":
         return _module(model, to, transforms, inputs)
     casts = to is not None and to.dtype != model.dtype
@@ -33,17 +34,21 @@ def apply(model: Model, to: Precision | None, transforms: Transforms, inputs: In
         return _torchscript(model, to if casts else None, transforms, inputs)
     if model.form == "exported":
         return _exported(model, to, transforms, inputs)
-    what = "an ONNX file" if model.form == "onnx" else f"a {model.form}"
     raise Unsupported(
-        f"{what} stays as it was written ({model.name} computes in {model.dtype or 'a dtype it does not name'})",
+        f"{_named(model.form)} stays as it was written ({model.name} computes in {model.dtype or 'a dtype it does not name'})",
         fix="convert the source model",
     )
+
+
+def _named(form: str) -> str:
+    return {"onnx": "an ONNX file", "exported": "an exported program", "torchscript": "a TorchScript program"}.get(form, f"a {form}")
 
 
 def _module(model: Model, to: Precision | None, transforms: Transforms, inputs: Inputs | None) -> Model:
     training = sum(part.training for part in model.module.modules())
     casts = to is not None and precision.needs_cast(model.module, to)
-    if not training and not casts and not transforms.channels_last and not transforms.fold_batch_norm:
+    reshapes = transforms.fold_batch_norm or bool(transforms.rewrites)
+    if not training and not casts and not transforms.channels_last and not reshapes:
         return model
     module = _copied(model)
     notes = []
@@ -52,18 +57,32 @@ def _module(model: Model, to: Precision | None, transforms: Transforms, inputs: 
         notes.append(f"eval mode: {training} modules were in training mode")
     if transforms.fold_batch_norm:
         notes.append(folding.fold(module, inputs))
+    for text in transforms.rewrites:
+        notes.append(f"{text}: {_rewritten(module, text, inputs, model.name)}")
     if casts:
         assert to is not None
-        notes += precision.cast(module, to, transforms.keep_fp32)
+        notes += (quantised.quantise if to.is_quantised else precision.cast)(module, to, transforms.keep_fp32)
     if transforms.channels_last:
         notes.append(layout.channels_last(module))
-    parameters = sum(p.numel() for p in module.parameters()) if transforms.fold_batch_norm else model.num_parameters
+    parameters = sum(p.numel() for p in module.parameters()) if reshapes else model.num_parameters
     return replace(_retyped(model, to if casts else None, notes), module=module, num_parameters=parameters)
 
 
+def _rewritten(module: Any, text: str, inputs: Inputs | None, name: str) -> str:
+    rewrite, setting = rewrites.resolve(text)
+    why_not = rewrite.applies(module)
+    if why_not is not None:
+        raise Unsupported(f"{text} has nothing to change in {name}: {why_not}", fix=f"leave --rewrite {text} out")
+    given = precision.cast_inputs(inputs, module) if inputs is not None else None
+    note: str = rewrite.apply(module, setting, given)
+    return note
+
+
 def _torchscript(model: Model, to: Precision | None, transforms: Transforms, inputs: Inputs | None) -> Model:
-    if transforms.fold_batch_norm or transforms.keep_fp32:
-        wanted = "batch norms cannot be folded" if transforms.fold_batch_norm else "single modules cannot be kept in fp32"
+    if transforms.fold_batch_norm or transforms.rewrites or transforms.keep_fp32:
+        wanted = "single modules cannot be kept in fp32"
+        wanted = f"{transforms.rewrites[0]} cannot be made" if transforms.rewrites else wanted
+        wanted = "batch norms cannot be folded" if transforms.fold_batch_norm else wanted
         raise Unsupported(f"{wanted} in a TorchScript program", fix="convert the source model")
     module = _copied(model).eval()
     notes = []
@@ -81,9 +100,10 @@ def _torchscript(model: Model, to: Precision | None, transforms: Transforms, inp
 
 
 def _exported(model: Model, to: Precision | None, transforms: Transforms, inputs: Inputs | None) -> Model:
-    if transforms.fold_batch_norm or transforms.channels_last or transforms.keep_fp32:
+    if transforms.fold_batch_norm or transforms.channels_last or transforms.rewrites or transforms.keep_fp32:
         raise Unsupported(
-            "the graph of an exported program is fixed: layers cannot be folded, laid out or kept apart in it", fix="transform, then export"
+            "the graph of an exported program is fixed: layers cannot be folded, rewritten, laid out or kept apart in it",
+            fix="transform, then export",
         )
     assert to is not None
     program = exported.recast(model.exported, to)
@@ -119,6 +139,6 @@ def _retyped(model: Model, to: Precision | None, notes: list[str]) -> Model:
         return replace(model, notes=[*model.notes, *notes])
 
     def spec(old: TensorSpec) -> TensorSpec:
-        return replace(old, dtype=to.dtype) if old.dtype in precision.CAST_DTYPES else old
+        return replace(old, dtype=to.carrier.dtype) if old.dtype in precision.CAST_DTYPES else old
 
-    return replace(model, dtype=to.dtype, signature=tuple(spec(s) for s in model.signature), notes=[*model.notes, *notes])
+    return replace(model, dtype=to.carrier.dtype, signature=tuple(spec(s) for s in model.signature), notes=[*model.notes, *notes])

@@ -35,10 +35,17 @@ def flags(precision: Precision | None) -> Iterator[None]:
     if precision is None:
         yield
         return
+    with switches_kept():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision is Precision.TF32
+        yield
+
+
+@contextmanager
+def switches_kept() -> Iterator[None]:
+    """TF32 afterwards as it is now, whatever is set inside."""
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
     before = (torch.get_float32_matmul_precision(), matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)
-    matmul.allow_tf32 = cudnn.allow_tf32 = precision is Precision.TF32
     try:
         yield
     finally:
@@ -60,6 +67,7 @@ def cast(module: nn.Module, to: Precision, keep_fp32: Sequence[str] = ()) -> lis
     `keep_fp32` holds qualified names, `*` allowed; such a module gets fp32 inputs and hands on outputs of the new dtype. Raises UsageError for a name that fits no
     module, and for weights shared between a kept and a cast module. Weights that share memory before share it after, whether they are one Parameter or several.
     """
+    assert not to.is_quantised, f"{to} needs scales: quantised.quantise"
     target: torch.dtype = getattr(torch, to.dtype)
     kept = _kept(module, keep_fp32) if target != torch.float32 else {}
     groups = _aliases(module)

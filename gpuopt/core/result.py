@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from gpuopt.core.generation import Generated
 from gpuopt.core.spec import BackendSpec, Change, Precision
+from gpuopt.core.search import Search
 from gpuopt.core.sweep import Sweep
 
 SCHEMA_VERSION = 1
@@ -421,6 +423,63 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MetricResult:
+    """A user's own metric of a candidate against that of plain eager, on the same real data."""
+
+    name: str
+    """As it was typed: `file.py:function`."""
+    value: float | None
+    """Mean over the batches, weighted by their samples; None where the outputs it was computed from hold NaN or Inf."""
+    reference: float
+    """Of the model as it is, in plain eager."""
+    limit: float
+    """What `value` has to reach; where lower is better, must not exceed."""
+    lower_is_better: bool = False
+    num_samples: int = 0
+    data_sha256: str | None = None
+    """Of the file with the data: scores of other data are not comparable."""
+    passed: bool = True
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SensitivityRow:
+    """One module, cast alone."""
+
+    module: str
+    error: float | None
+    """What it does to the outputs, as a multiple of the gate's limit: up to 1 passes. None: NaN, Inf, or it does not run."""
+    parameters: float = 0.0
+    """Its share of the model's parameters, 0..1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sensitivity:
+    """Which modules have to stay in fp32 for a precision to pass the gate, and what that costs."""
+
+    precision: str
+    kept: tuple[str, ...] | None
+    """Values for `keep_fp32`; empty where the precision itself is not at fault, None where no set was found."""
+    error: float | None
+    """Of the outputs with these kept, as a multiple of the gate's limit."""
+    error_before: float | None
+    """The same with none kept. None: NaN or Inf."""
+    evaluations: int
+    """Forward passes of other sets that it took."""
+    is_minimal: bool = False
+    """Each of the kept modules was left out alone, and the gate then failed."""
+    ranking: tuple[SensitivityRow, ...] = ()
+    """Modules by the error each makes alone, worst first."""
+    first_nonfinite: str | None = None
+    """First module, in order of execution, that makes NaN or Inf where fp32 has none."""
+    parameters_kept: float | None = None
+    """Share of the parameters that stay in fp32, 0..1."""
+    flops_kept: float | None = None
+    """Share of the FLOPs, where they were counted."""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
     """Verdict of the gate."""
 
@@ -436,6 +495,8 @@ class Accuracy:
     mutates_inputs: bool = False
     reason: str = ""
     notes: tuple[str, ...] = ()
+    metric: MetricResult | None = None
+    """The user's own, where one was given."""
 
     @property
     def status(self) -> Status:
@@ -549,6 +610,8 @@ class Run:
     compile_s: float | None = None
     cold_start_s: float | None = None
     """From the start of a fresh process to its first answer: imports, loading, build, first call."""
+    build_peak_host_bytes: int | None = None
+    """Most host memory of its process and of the compilers it started, up to that first answer."""
     accuracy: Accuracy | None = None
     precision_audit: PrecisionAudit | None = None
     samples_ns: tuple[int, ...] = ()
@@ -572,6 +635,8 @@ class Run:
     notes: tuple[str, ...] = ()
     reproduce: str = ""
     """A line that runs this candidate alone."""
+    generated: Generated | None = None
+    """Of a bench with --generate: tokens, their times and their bound. A call is then a whole generation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -635,6 +700,8 @@ class Report:
     """The command failed; None where it came to its end."""
     sweep: Sweep | None = None
     """Curves over batch on several devices, and where they cross."""
+    search: Search | None = None
+    """`optimize`: what was tried, what was chosen, and why."""
 
     def device_of(self, run: Run) -> Device | None:
         """The device this run's figures are held against."""

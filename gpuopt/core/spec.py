@@ -8,6 +8,8 @@ from enum import StrEnum
 from typing import Any
 
 from gpuopt.core.errors import UsageError
+from gpuopt.core.generation import GenerateSpec
+from gpuopt.core.search import SearchSpec
 
 
 class Precision(StrEnum):
@@ -19,12 +21,30 @@ class Precision(StrEnum):
     BF16 = "bf16"
     FP16 = "fp16"
     FP8 = "fp8"
+    """Linear layers multiply in float8_e4m3fn: weights quantised once, activations in every call (dynamic), both with a scale a row."""
     INT8 = "int8"
+    """The same in int8, with sums in int32."""
+    W8 = "w8"
+    """Weights alone in int8, a scale a row; they multiply in bf16. torchao and gpt-fast call it int8 weight-only, vLLM W8A16. It saves bytes, not FLOPs."""
 
     @property
     def dtype(self) -> str:
-        """Torch's name of the storage type: fp32 and tf32 are both `float32`."""
+        """Torch's name of the storage type (of weights, where those are quantised): fp32 and tf32 are both `float32`."""
         return _STORAGE[self]
+
+    @property
+    def carrier(self) -> Precision:
+        """What values between products are kept in, inputs and outputs of a model included: bf16 where products are quantised, else the precision itself.
+
+        bf16 and not fp16: the row-wise fp8 product of an H100 gives no fp16 (torch 2.11, ScaledBlas.cpp), eight bits of mantissa are four more than fp8 has, and
+        activations worth quantising have outliers that leave fp16's range.
+        """
+        return _CARRIER.get(self, self)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether it needs scales: a cast cannot make it."""
+        return self in _CARRIER
 
 
 _STORAGE = {
@@ -35,7 +55,9 @@ _STORAGE = {
     Precision.FP16: "float16",
     Precision.FP8: "float8_e4m3fn",
     Precision.INT8: "int8",
+    Precision.W8: "int8",
 }
+_CARRIER = dict.fromkeys((Precision.FP8, Precision.INT8, Precision.W8), Precision.BF16)
 
 DTYPE_BYTES = {
     "float64": 8,
@@ -220,6 +242,8 @@ class Transforms:
     fold_batch_norm: bool = False
     keep_fp32: tuple[str, ...] = ()
     """Qualified names of modules left in fp32 when the rest is cast."""
+    rewrites: tuple[str, ...] = ()
+    """Changes to the module's own code, in this order, each with a setting after a colon where it has one: `no_mask`, `attention:cudnn`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +263,22 @@ class Tolerance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvalSpec:
+    """Real data for the accuracy gate, and the user's own measure of what comes out; empty adds nothing to the gate."""
+
+    data: str | None = None
+    """.npz or .safetensors with samples along the batch dimension, one array an input; other arrays are targets for the metric."""
+    metric: str | None = None
+    """`package.module:function` or `file.py:function`, called as `fn(outputs, batch)` or `fn(outputs, targets)`, a number back."""
+    min_ratio: float = 0.99
+    """Share of plain eager's score that a candidate must keep (MLPerf's 99%)."""
+    lower_is_better: bool = False
+    """The metric is a loss or an error rate; a function can say so itself by an attribute of this name."""
+    calib: str | None = None
+    """More real inputs, in the same form as `data`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One thing to build, verify and time. Everything a child process needs, as data."""
 
@@ -254,6 +294,7 @@ class Candidate:
     """`cpu`, `cuda`, `cuda:1` or `null`."""
     input_mode: str = "device"
     """`device`: inputs already there. `host`: each call copies inputs in and outputs out."""
+    evaluation: EvalSpec = field(default_factory=EvalSpec)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,6 +305,8 @@ class Change:
     backend: BackendSpec | None = None
     channels_last: bool = False
     fold_batch_norm: bool = False
+    rewrites: tuple[str, ...] = ()
+    """Made besides those that are there; one of the same name with another setting takes its place."""
     input_mode: str | None = None
     inputs: tuple[str, ...] = ()
     """Tensor specs to give besides (an all-ones mask), as text."""
@@ -275,6 +318,7 @@ class Change:
             candidate.transforms,
             channels_last=candidate.transforms.channels_last or self.channels_last,
             fold_batch_norm=candidate.transforms.fold_batch_norm or self.fold_batch_norm,
+            rewrites=_joined(candidate.transforms.rewrites, self.rewrites),
         )
         return replace(
             candidate,
@@ -285,6 +329,11 @@ class Change:
             inputs=replace(candidate.inputs, tensors=(*candidate.inputs.tensors, *(TensorSpec.parse(text) for text in self.inputs))),
             dims={**candidate.dims, **self.dims},
         )
+
+
+def _joined(before: tuple[str, ...], more: tuple[str, ...]) -> tuple[str, ...]:
+    """Each rewrite once, in the place it first had, with the setting it was given last."""
+    return tuple({text.partition(":")[0]: text for text in (*before, *more)}.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -359,5 +408,9 @@ class Job:
     """`device`: measure the ceilings again instead of reading the cache."""
     depth: int = 3
     """Levels of the module tree shown."""
+    search: SearchSpec = field(default_factory=SearchSpec)
+    """`optimize`: what is looked for, and how far it may go."""
+    generate: GenerateSpec | None = None
+    """`bench`: tokens to generate, instead of single calls."""
     command: str = ""
     """The line that was typed, kept in the report."""

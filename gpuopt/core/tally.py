@@ -8,6 +8,7 @@ Formulas count 2 a multiply-add; attention is counted whole, causal or not.
 from __future__ import annotations
 
 import math
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,9 @@ from gpuopt.core.result import PrecisionAudit
 
 HONOURED_SHARE = 0.99
 """A request is honoured when at least this share of the FLOPs it applies to runs in it: small heads and positional products may stay wider."""
+QUANTISED_SHARE = 0.5
+"""The same for fp8, int8 and w8, which leave layers out by design (a head tied to its embedding, sizes no kernel takes) and say which: with less than half the name would be
+wrong. The share itself is always told."""
 
 _DTYPES: dict[str, tuple[str, ...]] = {
     "fp64": ("float64",),
@@ -26,8 +30,17 @@ _DTYPES: dict[str, tuple[str, ...]] = {
     "fp8": ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
     "int8": ("int8", "uint8"),
 }
-_NOT_FOR_ATTENTION = frozenset({"tf32", "fp8", "int8"})
-"""Requests about products and convolutions: torch's attention kernels have no such mode and keep the activations' dtype."""
+_APPLIES_TO: dict[str, tuple[frozenset[str], str]] = {
+    "tf32": (frozenset({"product", "convolution", "recurrent"}), "product and convolution FLOPs"),
+    **dict.fromkeys(("fp8", "int8"), (frozenset({"product", "recurrent"}), "product FLOPs")),
+}
+"""What a request is about, where not about all: torch's attention kernels have none of these modes, its convolutions none of eight bits; both keep the activations' dtype."""
+_STORED = {"w8": ("int8",)}
+"""Requests about how weights are stored: their products run in the activations' dtype, so what counts is not FLOPs but elements of the weights that products read."""
+_KEEPS_VALUES = frozenset(
+    "_to_copy to convert_element_type t permute transpose view _unsafe_view reshape clone expand detach alias slice squeeze unsqueeze".split()
+)
+"""Ops after which a tensor still is the weight it was: in another dtype or layout."""
 
 
 class Tally:
@@ -39,11 +52,18 @@ class Tally:
         """(kind, dtype, where) -> FLOPs"""
         self._opaque: set[str] = set()
         self._seen: set[int] = set()
+        self._weights: dict[tuple[str, str], float] = defaultdict(float)
+        """(dtype a product's second operand is stored in, where) -> elements; 2-D operands alone, since attention's have a batch"""
+        self._stems_from: dict[int, tuple[weakref.ref[Any], str]] = {}
+        """id of a widened tensor -> (itself, the eight-bit dtype it was made from)"""
+        self._num_widened = 0
 
     def add(self, op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any, where: str = "") -> None:
         """One op: its full name (`aten.addmm.default`), the tensors it was given and what it returned."""
         namespace, _, rest = op.partition(".")
         name = rest.partition(".")[0]
+        if name in _KEEPS_VALUES:
+            self._follow(_at(args, 0), out)
         formula = _FORMULAS.get(name or namespace)
         if formula is None:
             if namespace not in _PLAIN_NAMESPACES and rest:
@@ -57,7 +77,23 @@ class Tally:
         flops, dtype = found
         if dtype == "float32" and self._tf32.get(kind):
             dtype = "tf32"
-        self._flops[kind, dtype, where or f"{name} {'x'.join(_short(args))}"] += flops
+        where = where or f"{name} {'x'.join(_short(args))}"
+        self._flops[kind, dtype, where] += flops
+        weight = _at(args, 2 if name in _WEIGHT_THIRD else 1) if kind == "product" else None
+        if weight is not None and len(weight.shape) == 2:
+            self._weights[self._origin(weight), where] += _size(weight.shape)
+
+    def _origin(self, tensor: Any) -> str:
+        """The dtype its values are stored in: its own, or the eight-bit one it was widened from."""
+        known = self._stems_from.get(id(tensor))
+        return known[1] if known is not None and known[0]() is tensor else _dtype(tensor)
+
+    def _follow(self, before: Any, after: Any) -> None:
+        if before is None or not hasattr(after, "dtype") or (origin := self._origin(before)) not in _EIGHT_BITS:
+            return
+        self._num_widened += _dtype(before) in _EIGHT_BITS and _dtype(after) not in _EIGHT_BITS
+        if _dtype(after) != origin:
+            self._stems_from[id(after)] = (weakref.ref(after), origin)
 
     def add_graph(self, graph: Any) -> None:
         """Every call of a torch.fx graph whose nodes carry fake tensors in `meta["val"]`, inner graphs of control flow once each."""
@@ -103,20 +139,39 @@ class Tally:
         honoured = True
         outside: tuple[str, ...] = ()
         if requested is not None:
-            wanted = _DTYPES[requested]
-            free = requested in _NOT_FOR_ATTENTION
-            applies = {key: f for key, f in self._flops.items() if not (free and key[0] == "attention")}
-            base = sum(applies.values())
-            share = sum(f for (_, dtype, _), f in applies.items() if dtype in wanted) / base if base else 1.0
-            honoured = share >= HONOURED_SHARE
-            scope = "product and convolution FLOPs" if free else "FLOPs"
-            verdict = "" if honoured else f", under the {HONOURED_SHARE:.0%} that counts as honoured"
-            reasons.insert(0, f"{share:.2%} of {scope} run in {'/'.join(wanted[:2])}{verdict}")
-            others = sorted(((f, key) for key, f in applies.items() if key[1] not in wanted), key=lambda item: (-item[0], item[1]))
-            outside = tuple(f"{where}: {dtype}, {f / total:.1%}" for f, (_, dtype, where) in others[:5])
+            if requested in _STORED:
+                honoured, reason, outside = self._stored_as(_STORED[requested])
+            else:
+                honoured, reason, outside = self._run_in(requested, total)
+            reasons.insert(0, reason)
         return PrecisionAudit(
             shares=shares, method=method, honoured=honoured, requested=requested, exceptions=outside, reason="; ".join(reasons)
         )
+
+    def _run_in(self, requested: str, total: float) -> tuple[bool, str, tuple[str, ...]]:
+        """Honoured or not, the share of FLOPs that says so, and what runs in something else."""
+        wanted = _DTYPES[requested]
+        kinds, scope = _APPLIES_TO.get(requested, (None, "FLOPs"))
+        applies = {key: f for key, f in self._flops.items() if kinds is None or key[0] in kinds}
+        base = sum(applies.values())
+        share = sum(f for (_, dtype, _), f in applies.items() if dtype in wanted) / base if base else 1.0
+        least = QUANTISED_SHARE if requested in ("fp8", "int8") else HONOURED_SHARE
+        verdict = "" if share >= least else f", under the {least:.0%} that counts as honoured"
+        others = sorted(((f, key) for key, f in applies.items() if key[1] not in wanted), key=lambda item: (-item[0], item[1]))
+        outside = tuple(f"{where}: {dtype}, {f / total:.1%}" for f, (_, dtype, where) in others[:5])
+        return share >= least, f"{share:.2%} of {scope} run in {'/'.join(wanted[:2])}{verdict}", outside
+
+    def _stored_as(self, wanted: tuple[str, ...]) -> tuple[bool, str, tuple[str, ...]]:
+        """The same by the elements of the products' weights. Products that a compiler took apart show no weights: what it widens is all there is to tell then."""
+        base = sum(self._weights.values())
+        if not base:
+            said = f"{self._num_widened} weights of {wanted[0]} are widened" if self._num_widened else "no weight is widened"
+            return True, f"no product shows its weights; {said} in the code they became", ()
+        share = sum(n for (dtype, _), n in self._weights.items() if dtype in wanted) / base
+        verdict = "" if share >= QUANTISED_SHARE else f", under the {QUANTISED_SHARE:.0%} that counts as honoured"
+        others = sorted(((n, key) for key, n in self._weights.items() if key[0] not in wanted), key=lambda item: (-item[0], item[1]))
+        outside = tuple(f"{where}: stored as {dtype}, {n / base:.1%}" for n, (dtype, where) in others[:5])
+        return share >= QUANTISED_SHARE, f"{share:.2%} of the weights that products read are stored in {wanted[0]}{verdict}", outside
 
 
 def tf32_flags(backends: Any, capability: tuple[int, int] | None) -> dict[str, bool]:
@@ -129,6 +184,10 @@ def tf32_flags(backends: Any, capability: tuple[int, int] | None) -> dict[str, b
         matmul, conv = backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
         return {"tf32_matmul": matmul == "tf32", "tf32_conv": conv == "tf32"}
 
+
+_EIGHT_BITS = frozenset({"int8"})
+_WEIGHT_THIRD = frozenset({"addmm", "_addmm_activation", "_sparse_semi_structured_addmm"})
+"""Products that are given what they add first."""
 
 _PLAIN_NAMESPACES = frozenset(
     {"aten", "prims", "prim", "inductor", "_operator", "operator", "math", "builtins", "rngprims", "_c10d_functional"}
@@ -229,7 +288,7 @@ _FORMULAS: dict[str, tuple[str, Callable[[Sequence[Any], Mapping[str, Any], Any]
     **dict.fromkeys(
         ("mm", "bmm", "mv", "dot", "vdot", "inner", "linear", "matmul", "_int_mm", "_scaled_mm", "_scaled_mm_v2", "_linear_pointwise")
         + ("_mkl_linear", "_weight_int4pack_mm", "_weight_int4pack_mm_for_cpu", "_weight_int8pack_mm", "_dyn_quant_matmul_4bit")
-        + ("mkldnn_linear", "_sparse_semi_structured_mm", "_sparse_semi_structured_linear"),
+        + ("mkldnn_linear", "_sparse_semi_structured_mm", "_sparse_semi_structured_linear", "linear_gelu"),
         ("product", _contraction(0)),
     ),
     **dict.fromkeys(("addmm", "addmv", "baddbmm", "_addmm_activation", "_sparse_semi_structured_addmm"), ("product", _contraction(1))),
@@ -237,7 +296,7 @@ _FORMULAS: dict[str, tuple[str, Callable[[Sequence[Any], Mapping[str, Any], Any]
     **dict.fromkeys(
         ("convolution", "_convolution", "convolution_overrideable", "cudnn_convolution", "cudnn_convolution_relu")
         + ("cudnn_convolution_add_relu", "mkldnn_convolution", "conv1d", "conv2d", "conv3d", "_conv_depthwise2d", "conv_depthwise3d")
-        + ("slow_conv2d_forward", "_slow_conv2d_forward", "slow_conv3d", "thnn_conv2d", "miopen_convolution"),
+        + ("slow_conv2d_forward", "_slow_conv2d_forward", "slow_conv3d", "thnn_conv2d", "miopen_convolution", "conv_relu"),
         ("convolution", _convolution_packed),
     ),
     "convolution": ("convolution", _convolution),

@@ -19,8 +19,15 @@ from gpuopt.core.spec import Precision
 from gpuopt.devices import cpu, null, nvml, peaks
 from gpuopt.trust.policy import printable
 
-_NEEDED_CAPABILITY = {Precision.TF32: (8, 0), Precision.BF16: (8, 0), Precision.FP8: (8, 9), Precision.FP16: (7, 0), Precision.INT8: (7, 5)}
-"""First compute capability with tensor cores for it (CUDA programming guide, table of features)."""
+_NEEDED_CAPABILITY = {
+    Precision.TF32: (8, 0),
+    Precision.BF16: (8, 0),
+    Precision.FP8: (8, 9),
+    Precision.FP16: (7, 0),
+    Precision.INT8: (7, 5),
+    Precision.W8: (8, 0),
+}
+"""First compute capability with tensor cores for it (CUDA programming guide, table of features); w8 multiplies in bf16."""
 
 
 def resolve(text: str | None) -> str:
@@ -68,14 +75,18 @@ def supports(device: Device, precision: Precision) -> str | None:
     if device.kind == "null":
         return None
     if device.kind == "cpu":
-        return {
-            Precision.TF32: "TF32 is a mode of NVIDIA tensor cores; a CPU computes fp32",
-            Precision.FP8: "no CPU kernel computes in fp8",
-        }.get(precision)
+        return "TF32 is a mode of NVIDIA tensor cores; a CPU computes fp32" if precision is Precision.TF32 else None
     needed = _NEEDED_CAPABILITY.get(precision)
     if needed is None or device.capability is None or _pair(device.capability) >= needed:
         return None
     return f"{precision} needs compute capability {needed[0]}.{needed[1]}, {device.name} has {device.capability}"
+
+
+def emulates(device: Device, precision: Precision) -> str | None:
+    """What to know about times where the device gives a precision's numbers without kernels of its own for it; None where it has those."""
+    if device.kind != "cpu" or not precision.is_quantised:
+        return None
+    return f"on a CPU {precision} is for checking numbers: its products run through wider kernels and are slow, so its times say nothing about a GPU"
 
 
 def energy_counter(device_id: str) -> Callable[[], float | None]:

@@ -122,11 +122,11 @@ def own_dtype(root: Any) -> str | None:
 
 
 def running(evidence: Evidence, stored: str) -> str:
-    """The dtype a tensor stored as `stored` computes in, after the cast the candidate asked for; fp8 and int8 leave storage as it is."""
+    """The dtype a tensor stored as `stored` computes in, after the cast the candidate asked for: of what is quantised, between its products."""
     asked = evidence.precision
     if stored not in FLOATS or asked is None or asked not in {p.value for p in Precision}:
         return stored
-    return stored if asked in ("fp8", "int8") else Precision(asked).dtype
+    return Precision(asked).carrier.dtype
 
 
 def line(root: Any, name: str) -> str | None:

@@ -137,4 +137,5 @@ def wall_share_ms(evidence: Evidence, records: Iterable[OpRecord]) -> float:
 def _is_replayed(evidence: Evidence) -> bool:
     """From a CUDA graph: the host launches once."""
     preset = evidence.preset or ""
-    return evidence.backend in ("cudagraphs", "trt") or "reduce-overhead" in preset or preset in ("max-autotune", "max-autotune-freezing")
+    graphed = preset.endswith(("reduce-overhead", "graphed")) or preset in ("max-autotune", "max-autotune-freezing")
+    return evidence.backend in ("cudagraphs", "trt") or graphed

@@ -11,6 +11,7 @@ import torch
 from gpuopt.core.live import Model
 from gpuopt.core.spec import ModelRef, TensorSpec
 from gpuopt.loaders import describe
+from gpuopt.programs import ops
 from gpuopt.trust import consent, gate
 
 _LETTERS = ("S", "T", "L", "H", "W", "D", "K", "M", "P", "Q", "R", "U", "V", "X", "Y", "Z")
@@ -18,6 +19,7 @@ _LETTERS = ("S", "T", "L", "H", "W", "D", "K", "M", "P", "Q", "R", "U", "V", "X"
 
 def load(ref: ModelRef, path: Path) -> Model:
     """Raises Untrusted without consent, Unavailable for a newer format, BadInput when it is damaged."""
+    ops.register()  # a program names operators and does not bring them
     program = gate.load_exported(path, ref.trust)
     notes = [f"--arch {ref.arch} is not used: the file holds a whole program"] if ref.arch else []
     model = of_program(program, name=describe.name_of(path), sha256=consent.sha256_of(path), notes=notes)

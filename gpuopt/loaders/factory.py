@@ -55,22 +55,29 @@ def load(ref: ModelRef) -> Model:
 
 def build(text: str) -> Built:
     """Call the factory that `text` names. Raises UsageError, Unavailable."""
+    target, file = named(text, "factory", "gpuopt.models:resnet101, or my_model.py:build")
+    result = target if isinstance(target, nn.Module) else _call(text, target)
+    if not isinstance(result, nn.Module):
+        raise UsageError(f"{text} gave a {type(result).__name__}, not an nn.Module", fix="let the factory return the module itself")
+    return Built(module=result, function=target, file=file)
+
+
+def named(text: str, what: str, example: str, *, reuse: bool = False) -> tuple[Any, Path | None]:
+    """`package.module:name` or `file.py:name` -> the object it names, and the file where one was named. Raises UsageError, Unavailable.
+
+    `reuse`: a file that was imported before is not run again: a metric beside its model's factory sees the same classes.
+    """
     where, _, attribute = text.rpartition(":")
     if not where or not attribute:
-        raise UsageError(
-            f"{printable(text)!r} is not of the form package.module:factory", fix="gpuopt.models:resnet101, or my_model.py:build"
-        )
+        raise UsageError(f"{printable(text)!r} is not of the form package.module:{what}", fix=example)
     file = Path(where) if where.endswith(".py") else None
-    module = _import_file(file) if file else _import_module(where)
+    module = (_imported(file) if reuse and file else None) or (_import_file(file) if file else _import_module(where))
     target: Any = module
     for part in attribute.split("."):
         if not hasattr(target, part):
             raise UsageError(f"{where} has no {part!r}", fix=_did_you_mean(part, _own(target)))
         target = getattr(target, part)
-    result = target if isinstance(target, nn.Module) else _call(text, target)
-    if not isinstance(result, nn.Module):
-        raise UsageError(f"{text} gave a {type(result).__name__}, not an nn.Module", fix="let the factory return the module itself")
-    return Built(module=result, function=target, file=file)
+    return target, file
 
 
 def _call(text: str, target: Any) -> Any:
@@ -128,7 +135,7 @@ def _import_file(file: Path) -> ModuleType:
     if not file.is_file():
         nearby = [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
         raise UsageError(f"there is no file {printable(str(file))}", fix=_did_you_mean(file.name, nearby))
-    name = "gpuopt_factory_" + describe.printable_name(file.stem).replace("-", "_").replace(".", "_")
+    name = _module_name(file)
     spec = importlib.util.spec_from_file_location(name, file.absolute())
     if spec is None or spec.loader is None:
         raise UsageError(f"{file} cannot be imported", fix="give it the suffix .py")
@@ -150,6 +157,15 @@ def _import_file(file: Path) -> ModuleType:
             fix=f"python {file} shows where",
         ) from error
     return module
+
+
+def _module_name(file: Path) -> str:
+    return "gpuopt_factory_" + describe.printable_name(file.stem).replace("-", "_").replace(".", "_")
+
+
+def _imported(file: Path) -> ModuleType | None:
+    found = sys.modules.get(_module_name(file))
+    return found if found is not None and getattr(found, "__file__", None) == str(file.absolute()) else None
 
 
 def _missing(what: str, error: ImportError) -> GpuoptError:

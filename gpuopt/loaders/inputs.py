@@ -38,7 +38,7 @@ def signature(model: Model, spec: InputSpec) -> tuple[tuple[TensorSpec, ...], st
     Raises UsageError when nothing says what the model takes, or when --input does not fit what does; BadInput for a damaged --inputs file.
     """
     if spec.file is not None:
-        return tuple(specs_of(_read(Path(spec.file)))), f"--inputs {spec.file}"
+        return tuple(specs_of(read(Path(spec.file)))), f"--inputs {spec.file}"
     if spec.tensors:
         specs = tuple(_named(model, spec.tensors))
         _check_against(model, specs)
@@ -65,7 +65,7 @@ def make(model: Model, spec: InputSpec, dims: Mapping[str, int], device: str, dt
     anything too large is allocated.
     """
     specs, source = signature(model, spec)
-    stored = _read(Path(spec.file)) if spec.file is not None else None
+    stored = read(Path(spec.file)) if spec.file is not None else None
     if stored is not None:
         specs = tuple(_with_values(model, _named(model, specs)))
         _check_against(model, specs)
@@ -91,6 +91,13 @@ def to_device(inputs: Inputs, device: str) -> Inputs:
     return inputs.map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t)
 
 
+def shared_dims(inputs: Inputs) -> tuple[str, ...]:
+    """Free dimensions that a file of these tensors will be found to have."""
+    names = [spec.name or str(i) for i, spec in enumerate(inputs.specs)]
+    specs = specs_of(dict(zip(names, [*inputs.args, *inputs.kwargs.values()], strict=True)))
+    return tuple(dict.fromkeys(letter for spec in specs for letter in spec.free_dims))
+
+
 def specs_of(tensors: Mapping[str, torch.Tensor]) -> list[TensorSpec]:
     """What stored tensors are; their common first dimension is N."""
     firsts = {t.shape[0] if t.dim() else None for t in tensors.values()}
@@ -108,15 +115,16 @@ def specs_of(tensors: Mapping[str, torch.Tensor]) -> list[TensorSpec]:
 # --- files -------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
+def read(path: Path, option: str = "--inputs") -> dict[str, torch.Tensor]:
+    """Arrays of an .npz or .safetensors file by name. `option` is what named it. Raises UsageError, BadInput, ResourceError."""
     if not path.is_file():
-        raise UsageError(f"there is no file {printable(str(path))}", fix="--inputs takes an .npz or .safetensors file")
+        raise UsageError(f"there is no file {printable(str(path))}", fix=f"{option} takes an .npz or .safetensors file")
     if path.suffix == ".safetensors":
         tensors = gate.load_safetensors(path)
     elif path.suffix == ".npz":
         tensors = _read_npz(path)
     else:
-        raise UsageError(f"--inputs {printable(path.name)} is neither .npz nor .safetensors", fix="numpy.savez(FILE, **arrays)")
+        raise UsageError(f"{option} {printable(path.name)} is neither .npz nor .safetensors", fix="numpy.savez(FILE, **arrays)")
     if not tensors:
         raise BadInput(f"{path.name} holds no arrays", fix="numpy.savez(FILE, name=array)")
     return tensors
@@ -476,7 +484,8 @@ def _bind(
         )
     # By position: what has to be, and what was bound by order and starts the parameter list. *args only follow if all parameters are positional.
     args: list[tuple[TensorSpec, torch.Tensor]] = []
-    rest = dict(slots)
+    # In forward's own order, whatever the file's: a bundle is called by position, too.
+    rest = {**{name: slots[name] for name in call.names if name in slots}, **slots}
     for name in call.names:
         if name not in rest or name in call.keyword_only:
             break

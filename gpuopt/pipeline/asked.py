@@ -40,5 +40,6 @@ def describe_transforms(transforms: Transforms) -> tuple[str, ...]:
         names.append("channels_last")
     if transforms.fold_batch_norm:
         names.append("fold_batch_norm")
+    names += transforms.rewrites
     names += [f"keep_fp32:{name}" for name in transforms.keep_fp32]
     return tuple(names)

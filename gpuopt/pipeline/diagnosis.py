@@ -165,7 +165,7 @@ def _first_nonfinite(module: nn.Module | None, given: Inputs | None, precision: 
 
         return look
 
-    dtype = getattr(torch, precision.dtype) if precision is not None else None
+    dtype = getattr(torch, precision.carrier.dtype) if precision is not None else None
     twin = copy.deepcopy(module)  # the module itself is evidence, as it was loaded
     twin = twin.to(dtype) if dtype is not None and dtype.is_floating_point else twin
     where = next((t.device for t in (*given.args, *given.kwargs.values()) if isinstance(t, torch.Tensor)), torch.device("cpu"))

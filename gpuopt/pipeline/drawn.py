@@ -32,15 +32,15 @@ class Drawn:
 
     def sample(self, precision: Precision, device: str) -> Inputs:
         """The first ones; the copy that was asked for last is kept."""
-        key = (precision.dtype, device)
+        key = (precision.carrier.dtype, device)
         if self._key != key:
-            dtype = getattr(torch, precision.dtype)
+            dtype = getattr(torch, precision.carrier.dtype)
             self._key, self._value = key, self.first.map(lambda t: verification.cast(t, dtype, device))
         return self._value
 
     def of_size(self, dims: dict[str, int], precision: Precision, device: str) -> Inputs:
         """The first seed's at other sizes."""
-        dtype = getattr(torch, precision.dtype)
+        dtype = getattr(torch, precision.carrier.dtype)
         return self.batch(self._candidate.inputs.seed, dims).map(lambda t: verification.cast(t, dtype, device))
 
     def batches(self) -> tuple[list[Inputs], tuple[int, ...]]:

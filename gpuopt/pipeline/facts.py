@@ -61,6 +61,8 @@ class Built:
     count: Count | None
     executable: bool = True
     """False for an engine that was built for another machine."""
+    host_peak_bytes: int | None = None
+    """Most host memory up to the first call: the process and those it started. None where it holds a caller's own work too."""
     transforms: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from gpuopt.core import stats
 from gpuopt.core.result import Count, Device, Relative, Run, Samples, Status
-from gpuopt.core.spec import Candidate
+from gpuopt.core.spec import Candidate, EvalSpec
 from gpuopt.pipeline import facts, pairs
 from gpuopt.profiling import roofline
 
@@ -55,6 +55,7 @@ def built(run: Run, found: facts.Built, candidate: Candidate) -> Run:
         run,
         compile_s=found.compile_s,
         cold_start_s=found.cold_start_s,
+        build_peak_host_bytes=found.host_peak_bytes,
         precision_audit=found.audit,
         transforms=found.transforms,
         notes=(*run.notes, *found.notes),
@@ -196,6 +197,15 @@ def relative(run: Run, base: Samples, mine: Samples) -> Run:
     return replace(run, relative=verdict)
 
 
+def _evaluation(spec: EvalSpec) -> list[str]:
+    words = []
+    for option, value in (("--eval-data", spec.data), ("--metric", spec.metric), ("--calib", spec.calib)):
+        words += [option, value] if value else []
+    if spec.metric and spec.min_ratio != EvalSpec().min_ratio:
+        words += ["--min-metric-ratio", f"{spec.min_ratio:g}"]
+    return [*words, "--metric-lower-is-better"] if spec.lower_is_better else words
+
+
 def reproducer(candidate: Candidate) -> str:
     """A command line that runs this candidate alone; empty for a live module, which no command line can name."""
     if not candidate.model.text:
@@ -211,6 +221,8 @@ def reproducer(candidate: Candidate) -> str:
         words.append("--channels-last")
     if candidate.transforms.fold_batch_norm:
         words.append("--fold-bn")
+    for text in candidate.transforms.rewrites:
+        words += ["--rewrite", text]
     for name in candidate.transforms.keep_fp32:
         words += ["--keep-fp32", name]
     for tensor in candidate.inputs.tensors:
@@ -221,5 +233,6 @@ def reproducer(candidate: Candidate) -> str:
         words += ["--dim", f"{name}={value}"]
     if candidate.input_mode != "device":
         words += ["--input-mode", candidate.input_mode]
+    words += _evaluation(candidate.evaluation)
     words += ["--device", candidate.device]
     return shlex.join(words)

@@ -71,6 +71,8 @@ class Child:
         self._drain = threading.Thread(target=self._drain_stderr, daemon=True)
         self._drain.start()
         self._killed_for: str | None = None
+        self._owed = 0
+        """Answers not read yet: one more than the call that waits where a call before it was interrupted."""
 
     @property
     def pid(self) -> int:
@@ -94,6 +96,7 @@ class Child:
         """Ask for one step and wait for its answer. Raises ChildFailed, and kills the child where it cannot go on."""
         frame = {"do": verb, "args": {k: codec.dump(v) if hasattr(v, "__dataclass_fields__") else v for k, v in arguments.items()}}
         try:
+            self._owed += 1
             _write_all(self._requests, json.dumps(frame).encode() + b"\n")
         except OSError as error:
             raise self._ended(verb) from error
@@ -116,6 +119,9 @@ class Child:
                 if on_progress is not None:
                     on_progress(*reply["progress"])
                 continue
+            self._owed -= 1
+            if self._owed:
+                continue  # it answers a call that Ctrl-C ended
             if "error" in reply:
                 raise _failed(codec.from_plain(Failure, reply["error"], what="worker"))
             return codec.from_plain(result, reply["ok"], what=f"worker {verb}")

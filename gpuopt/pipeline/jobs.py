@@ -11,8 +11,8 @@ from gpuopt.core import codec
 from gpuopt.core.errors import GpuoptError, UsageError
 from gpuopt.core.progress import Progress, Silent
 from gpuopt.core.result import SCHEMA_VERSION, Finding, Report, Run, Status
-from gpuopt.core.spec import BackendSpec, Candidate, Job, Transforms
-from gpuopt.pipeline import facts, groups, isolate, outputs, reporting, sweep
+from gpuopt.core.spec import BackendSpec, Candidate, EvalSpec, Job, Transforms
+from gpuopt.pipeline import facts, generation, groups, isolate, outputs, reporting, sweep
 from gpuopt.pipeline import machine as machines
 from gpuopt.pipeline.isolate import ChildFailed
 from gpuopt.pipeline.machine import Machine
@@ -69,6 +69,8 @@ def bench(job: Job, progress: Progress | None = None) -> Report:
     progress = progress or Silent()
     if not job.candidates:
         raise UsageError("nothing to bench", fix="gpuopt bench MODEL")
+    if job.generate is not None:
+        return generation.bench(job, progress)
     if job.gates.baseline is not None:
         codec.read_json(Report, Path(job.gates.baseline))  # before hours of measuring, not after
     job, found = machines.all_surveyed(job, progress)
@@ -105,7 +107,7 @@ def compile(job: Job, progress: Progress | None = None) -> Report:
         if job.build_only
         else machines.surveyed(job, progress)
     )
-    baseline = replace(candidate, backend=BackendSpec(), precision=None, transforms=Transforms())
+    baseline = replace(candidate, backend=BackendSpec(), precision=None, transforms=Transforms(), evaluation=EvalSpec())
     runs: list[Run] = []
     with ExitStack() as stack:
         seat = stack.enter_context(seated(candidate, job, progress))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from gpuopt import backends, loaders
 from gpuopt.backends import load_backend
 from gpuopt.core.errors import GpuoptError
+from gpuopt.core.live import Model
 from gpuopt.core.result import Device
 from gpuopt.core.spec import Candidate, Precision
 from gpuopt.devices import ceilings as measured_ceilings
@@ -28,11 +29,12 @@ def survey(device_id: str, refresh: bool, ceilings: bool, progress: ProgressCall
     return facts.Survey(environment=environment.describe(), device=device)
 
 
-def matrix(device_id: str, candidate: Candidate | None = None) -> facts.Matrix:
-    """Every backend, for this model where one is named: the way to it, or the reason why there is none."""
+def matrix(device_id: str, candidate: Candidate | None = None, *, model: Model | None = None) -> facts.Matrix:
+    """Every backend, for this model where one is named or given: the way to it, or the reason why there is none."""
     where = info.resolve(device_id)
     device = info.describe(where)
-    model = loaders.load(candidate.model) if candidate is not None else None
+    if candidate is not None:
+        model = loaders.load(candidate.model)
     cells = tuple(_cell(name, model.form if model else None, device) for name in backends.listed())
     return facts.Matrix(
         environment=environment.describe(),
@@ -55,7 +57,8 @@ def _cell(name: str, form: str | None, device: Device) -> facts.MatrixCell:
         reached = "onnx" if way == "via ONNX" else form or next(iter(sorted(backend.FORMS)))
         reason = backend.available(device.id) or ""
         for precision in Precision:
-            precisions_[precision.value] = info.supports(device, precision) or backend.supports(reached, precision, device.id) or ""
+            lacks = info.supports(device, precision) or info.supports(device, precision.carrier)
+            precisions_[precision.value] = lacks or backend.supports(reached, precision, device.id) or ""
         if not reason and all(precisions_.values()):
             reason = precisions_[Precision.FP32.value]
     except GpuoptError as error:

@@ -11,13 +11,17 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from gpuopt.converters import rewrites
 from gpuopt.core import units
 from gpuopt.core.errors import GpuoptError, ResourceError, UsageError
+from gpuopt.core.generation import GenerateSpec
+from gpuopt.core.search import SearchSpec
 from gpuopt.core.spec import (
     BackendSpec,
     BenchSpec,
     Candidate,
     DimSpec,
+    EvalSpec,
     Gates,
     InputSpec,
     Job,
@@ -29,7 +33,7 @@ from gpuopt.core.spec import (
 )
 from gpuopt.trust.policy import Format, classify, printable
 
-VERBS = ("profile", "bench", "convert", "compile", "backends", "device")
+VERBS = ("profile", "bench", "optimize", "convert", "compile", "backends", "device")
 INPUT_MODES = ("device", "host")
 MAX_RECIPE_BYTES = 1 << 20
 MAX_NAME = 4096
@@ -61,6 +65,7 @@ class CandidateEntry:
     precision: str | tuple[str, ...] | None = None
     channels_last: bool | None = None
     fold_bn: bool | None = None
+    rewrites: str | tuple[str, ...] | None = None
     keep_fp32: str | tuple[str, ...] | None = None
     input_mode: str | tuple[str, ...] | None = None
 
@@ -99,12 +104,16 @@ class Recipe:
     precision: str | tuple[str, ...] | None = None
     channels_last: bool | None = None
     fold_bn: bool | None = None
+    rewrites: str | tuple[str, ...] | None = None
     keep_fp32: str | tuple[str, ...] | None = None
     input_mode: str | tuple[str, ...] | None = None
     device: str = "auto"
+    generate: int | None = None
+    """Tokens after each prompt; None times single calls."""
     candidates: tuple[CandidateEntry, ...] = ()
     bench: BenchSpec = field(default_factory=BenchSpec)
     tolerance: Tolerance = field(default_factory=Tolerance)
+    evaluation: EvalSpec = field(default_factory=EvalSpec)
     gates: GatesEntry = field(default_factory=GatesEntry)
     output: str | None = None
     to: str | None = None
@@ -114,6 +123,8 @@ class Recipe:
     build_only: bool = False
     refresh: bool = False
     depth: int = 3
+    search: SearchSpec = field(default_factory=SearchSpec)
+    """Of `optimize`."""
 
 
 def read(path: Path, *, device: str | None = None, output: str | None = None, force: bool = False, command: str = "") -> Job:
@@ -169,6 +180,8 @@ def to_job(recipe: Recipe, *, command: str = "") -> Job:
                 if not recipe.candidates:
                     raise
                 raise UsageError(f"candidates.{index}: {error.message}", fix=error.fix) from error
+    if recipe.generate is not None and (recipe.verb != "bench" or recipe.generate < 1):
+        raise UsageError(f"generate is {recipe.generate} in a recipe of {recipe.verb}", fix="verb: bench, and a whole number from 1")
     gates = recipe.gates
     job = Job(
         verb=recipe.verb,
@@ -192,6 +205,13 @@ def to_job(recipe: Recipe, *, command: str = "") -> Job:
         build_only=recipe.build_only,
         refresh=recipe.refresh,
         depth=recipe.depth,
+        generate=None
+        if recipe.generate is None
+        else GenerateSpec(
+            new_tokens=recipe.generate,
+            backends_named=recipe.backend is not None or any(entry.backend is not None for entry in recipe.candidates),
+        ),
+        search=recipe.search,
         command=command,
     )
     check(job)
@@ -228,10 +248,14 @@ def _candidates(recipe: Recipe, entry: CandidateEntry) -> tuple[Candidate, ...]:
         backends=[_backend(one) for one in _several(whole["backend"])],
         precisions=[precision(text) for text in _several(whole["precision"])],
         transforms=Transforms(
-            channels_last=whole["channels_last"] or False, fold_batch_norm=whole["fold_bn"] or False, keep_fp32=_several(whole["keep_fp32"])
+            channels_last=whole["channels_last"] or False,
+            fold_batch_norm=whole["fold_bn"] or False,
+            keep_fp32=_several(whole["keep_fp32"]),
+            rewrites=_rewrites(_several(whole["rewrites"])),
         ),
         input_modes=_several(whole["input_mode"]),
         device=recipe.device,
+        evaluation=recipe.evaluation,
     )
 
 
@@ -244,6 +268,7 @@ def expand(
     transforms: Transforms | None = None,
     input_modes: Sequence[str] = (),
     device: str = "auto",
+    evaluation: EvalSpec | None = None,
 ) -> tuple[Candidate, ...]:
     """Every combination, each once; `device` may name several with commas between them. What is compared with each other lies together: sizes and input mode vary slowest, then model, precision, backend."""
     inputs = inputs or InputSpec()
@@ -280,6 +305,7 @@ def expand(
             dims=dims,
             device=where,
             input_mode=mode,
+            evaluation=evaluation or EvalSpec(),
         )
         for dims, mode, model, where, chosen, backend in itertools.product(*axes)
     ]
@@ -363,6 +389,8 @@ def check(job: Job) -> None:
         raise UsageError(f"bench.sustained is {job.bench.sustained!r}", fix="one of: auto, on, off")
     if job.bench.verify not in ("full", "precision", "off"):
         raise UsageError(f"bench.verify is {job.bench.verify!r}", fix="one of: full, precision, off")
+    for spec in {candidate.evaluation for candidate in job.candidates}:
+        _check_evaluation(spec, job)
     if job.depth < 0:
         raise UsageError(f"depth is {job.depth}", fix="a whole number from 0")
     if job.to is not None and job.to not in ("onnx", "pt2", "safetensors"):
@@ -371,11 +399,30 @@ def check(job: Job) -> None:
         raise UsageError("max_slowdown has nothing to be slower than", fix="baseline: a report written earlier with --json")
 
 
+def _check_evaluation(spec: EvalSpec, job: Job) -> None:
+    if not 0 < spec.min_ratio <= 1:
+        raise UsageError(f"evaluation.min_ratio is {spec.min_ratio:g}", fix="a share of eager's score above 0, at most 1, as in 0.99")
+    if spec.metric is not None and spec.data is None:
+        raise UsageError(
+            f"evaluation.metric {printable(spec.metric)} has no data to score",
+            fix="--eval-data FILE, an .npz or .safetensors with one array an input",
+        )
+    if spec != EvalSpec() and job.bench.verify == "off":
+        raise UsageError("evaluation belongs to verification, which is off", fix="--verify full, or no --metric, --eval-data and --calib")
+
+
 def _several(value: Any) -> tuple[Any, ...]:
     """One value or a list of them -> a tuple."""
     if value is None:
         return ()
     return value if isinstance(value, tuple) else (value,)
+
+
+def _rewrites(texts: Iterable[str]) -> tuple[str, ...]:
+    try:
+        return rewrites.checked(texts)
+    except UsageError as error:
+        raise UsageError(f"rewrites: {error.message}", fix=error.fix) from error
 
 
 def _dim(name: str, value: int | tuple[int, ...] | str) -> DimSpec:

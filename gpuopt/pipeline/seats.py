@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from gpuopt.core.errors import GpuoptError, ResourceError, Unsupported, UsageError
 from gpuopt.core.progress import Progress
@@ -27,12 +27,42 @@ MIN_ANCHOR_BLOCKS = 3
 """Fewer blocks of products say nothing about what a device keeps up."""
 
 
+class Worker(Protocol):
+    """Who does the steps of a candidate: a process of its own (`isolate.Child`), or this one for a live module (`local.LocalChild`)."""
+
+    @property
+    def pid(self) -> int:
+        """Tells workers apart."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can still be asked."""
+
+    def call(
+        self,
+        verb: str,
+        result: type[T],
+        *,
+        timeout_s: float,
+        on_progress: Callable[[float | None, str], None] | None = None,
+        **arguments: object,
+    ) -> T:
+        """One step. Raises ChildFailed."""
+
+    def close(self) -> None:
+        """End it. Harmless twice."""
+
+
+Hire = Callable[[], AbstractContextManager[Worker]]
+"""Makes a worker that ends with its `with`."""
+
+
 @dataclass(slots=True)
 class Seat:
     """A candidate, its child, and its run so far."""
 
     candidate: Candidate
-    child: isolate.Child
+    child: Worker
     run: Run
     progress: Progress
     spec: BenchSpec
@@ -86,10 +116,12 @@ class Seat:
 
 
 @contextmanager
-def seated(candidate: Candidate, job: Job, progress: Progress, environment: Mapping[str, str] | None = None) -> Iterator[Seat]:
-    """A child for this candidate, ended on the way out whatever happens."""
+def seated(
+    candidate: Candidate, job: Job, progress: Progress, environment: Mapping[str, str] | None = None, hire: Hire | None = None
+) -> Iterator[Seat]:
+    """A child for this candidate, ended on the way out whatever happens. `hire` makes another than a process of gpuopt's own."""
     run = figures.started(candidate)
-    with isolate.Child(environment=environment) as child:
+    with isolate.Child(environment=environment) if hire is None else hire() as child:
         name = gates.label(run, where=len({one.device for one in job.candidates}) > 1)
         key = f"{name}#{child.pid}"  # the same candidate may be named twice
         progress.start(key, name)

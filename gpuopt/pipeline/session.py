@@ -24,15 +24,33 @@ from gpuopt.bundles import manifest as bundle_manifest
 from gpuopt.converters import exported as exported_file
 from gpuopt.converters import onnx as onnx_file
 from gpuopt.converters import precision as precisions
+from gpuopt.converters import rewrites
 from gpuopt.converters import weights as weight_files
 from gpuopt.core.errors import GpuoptError, Unsupported, UsageError
+from gpuopt.core.generation import GenerateSpec, GenerationBuilt, TokenTimes
 from gpuopt.core.live import Inputs, Model, Runner
-from gpuopt.core.result import Accuracy, Count, Device, Manifest, Samples
-from gpuopt.core.spec import BenchSpec, Candidate, Precision, Tolerance, Transforms
+from gpuopt.core.result import Accuracy, Count, Device, Manifest, Samples, Sensitivity
+from gpuopt.core.spec import BenchSpec, Candidate, EvalSpec, ModelRef, Precision, Tolerance, Transforms
 from gpuopt.devices import info
 from gpuopt.doctor import diagnose as doctor
 from gpuopt.loaders import inputs as input_maker
-from gpuopt.pipeline import diagnosis, facts, matrix, metering, packs, probing, profiles, route, verification
+from gpuopt.pipeline import (
+    diagnosis,
+    evaluated,
+    facts,
+    gating,
+    hostmemory,
+    matrix,
+    metering,
+    packs,
+    probing,
+    profiles,
+    route,
+    sensitivity,
+    stress,
+    traits,
+    verification,
+)
 from gpuopt.pipeline.anchor import Anchor
 from gpuopt.pipeline.asked import describe_transforms, dynamic_ranges, layer_flops, own_precision
 from gpuopt.pipeline.drawn import Drawn, positional
@@ -68,6 +86,7 @@ class Session:
         self._anchor = Anchor()
         self._evidence: packs.Pack | None = None
         self._facts: facts.Loaded | None = None
+        self._evaluation: evaluated.Evaluation | None = None
         self._seen: diagnosis.Seen = diagnosis.Seen()
         """What the profile and the failures of this session leave for the doctor."""
 
@@ -100,9 +119,12 @@ class Session:
             backend, preset, transforms = found.manifest.backend.name, found.manifest.backend.preset, found.manifest.transforms
         else:
             self._precision = candidate.precision or own_precision(model)
-            reason = info.supports(info.describe(candidate.device), self._precision)
+            device = info.describe(candidate.device)
+            reason = info.supports(device, self._precision) or info.supports(device, self._precision.carrier)
             if reason:
                 raise Unsupported(f"{self._precision} cannot run on {candidate.device}: {reason}", fix="another --precision or --device")
+            if (slow := info.emulates(device, self._precision)) is not None:
+                self._notes.append(slow)
         current = self._candidate
         made = inputs or input_maker.make(model, current.inputs, current.dims, "cpu", None)
         num_positional = self._manifest.positional if self._manifest is not None else None
@@ -129,7 +151,21 @@ class Session:
             bundle_preset=preset,
             transforms=transforms,
         )
+        self._score(candidate.evaluation, model, made)
         return self._facts
+
+    def _score(self, spec: EvalSpec, model: Model, made: Inputs) -> None:
+        """Read real data and score the model as it is, before anything is built. It is no part of a cold start."""
+        if spec == EvalSpec():
+            return
+        began = time.monotonic()
+        self._evaluation = evaluated.Evaluation(spec, made)
+        if self._manifest is None:
+            self._evaluation.score_reference(model, self._loaded()[0].device, self._progress)
+        else:
+            evidence = self._manifest.run.accuracy if self._manifest.run is not None else None
+            self._evaluation.known_reference(evidence.metric if evidence is not None else None)
+        self._started += time.monotonic() - began
 
     # -- build --------------------------------------------------------------------------------------------------------------------
 
@@ -150,6 +186,7 @@ class Session:
         self._stack.enter_context(precisions.flags(self._precision))
         self._progress(None, f"building {candidate.backend}")
         began = time.monotonic()
+        told = len(self._notes)
         if self._manifest is not None:
             assert self._bundle is not None
             files = {f.role: f.name for f in self._manifest.files}
@@ -171,7 +208,12 @@ class Session:
             clocks.for_device(candidate.device).synchronize()
             cold_start_s = time.monotonic() - self._started
         audit = self._runner.audit() if self._manifest is None or executable else None
-        notes = [*getattr(self._runner, "notes", [])]
+        host_peak_bytes = hostmemory.peak_bytes()
+        # A cast says nothing new; what was quantised, and what was not, no other part of a report says.
+        notes = [
+            *(self._notes[told:] if self._precision.is_quantised or candidate.transforms.rewrites else ()),
+            *getattr(self._runner, "notes", []),
+        ]
         if audit is not None and audit.requested is None:
             audit = replace(audit, requested=self._precision.value)
         return facts.Built(
@@ -180,6 +222,7 @@ class Session:
             audit=audit,
             count=self._count,
             executable=executable,
+            host_peak_bytes=host_peak_bytes,
             transforms=transforms,
             notes=tuple(notes),
         )
@@ -196,6 +239,10 @@ class Session:
                 raise Unsupported(
                     f"an ONNX file keeps the precision it was exported in ({own_precision(model)})",
                     fix="export the source model at this precision: gpuopt convert MODEL --precision … --to onnx",
+                )
+            if candidate.transforms.rewrites:
+                raise Unsupported(
+                    f"an ONNX file has no modules that {candidate.transforms.rewrites[0]} could change", fix="rewrite the source model"
                 )
             options["layer_flops"] = layer_flops(model.path, candidate)
             return backend.build(model, self._given(precision), options), model
@@ -264,36 +311,51 @@ class Session:
             )
         candidate, model = self._loaded()
         runner = self._built()
-        batches, seeds = self._drawn().batches()
-        dtype = getattr(torch, self._precision.dtype)
-        limits = tolerances.merged(self._precision, tolerance)
-        self._progress(None, "computing the reference")
-        found, twins = self._references(model, batches, candidate.device)
+        dtype = getattr(torch, self._precision.carrier.dtype)
+        is_plain = candidate.backend.name == "eager" and candidate.transforms == Transforms()
+        is_twin = is_plain and not self._precision.is_quantised
+        held = self._gate(tolerance, scales=mode == "full" and not is_twin)
+        found, twins, limits = held.found, held.twin.outputs, held.limits
+        batches, seeds = list(held.material.drawn), held.material.seeds
         stages = []
         notes: list[str] = ["the model itself writes into its inputs"] if found.mutates_inputs else []
-        is_twin = candidate.backend.name == "eager" and candidate.transforms == Transforms()
         if mode == "full" and model.form not in ("onnx", "torchscript"):
-            if is_twin:
+            if is_plain:
                 notes.append("structure: not run, plain eager is the reference's own code")
             elif self._precision is not Precision.FP32:
                 self._progress(None, "verifying the structure in fp32")
                 stages.append(self._structure(candidate, model, found, batches, seeds, limits))
         self._progress(None, "verifying the candidate")
-        outputs, deterministic, mutates = verification.runner_outputs(runner, batches, dtype, candidate.device)
-        spread = accuracy_gate.spread_of(runner, batches, dtype, candidate.device, outputs) if not deterministic else None
-        if mode == "full" and self._precision is Precision.FP32 and not is_twin and model.form not in ("onnx", "torchscript"):
+        every, required = held.material.every, held.material.required
+        answers = verification.runner_outputs(runner, every, dtype, candidate.device, required=required)
+        outputs, first = answers.outputs, len(batches)
+        spread = None if answers.deterministic else accuracy_gate.spread_of(runner, batches, dtype, candidate.device, outputs[:first])
+        if mode == "full" and self._precision is Precision.FP32 and not is_plain and model.form not in ("onnx", "torchscript"):
             stages.append(accuracy_gate.judge_stage("structure", found.outputs, outputs, twins, limits, seeds))
-        stages.append(accuracy_gate.judge_stage("precision", found.outputs, outputs, twins, limits, seeds, spread=spread))
+        judged, more = held.judge(outputs, answers.raised, spread=spread)
+        stages += judged
+        notes += more
+        if answers.overwrites:
+            notes.append("what a call returned is overwritten by the next one: copy outputs that are kept")
+        unstable = held.twin.unstable
+        if unstable and is_twin and self._precision is own_precision(model):
+            notes.append(unstable)  # the model as it is: there is nothing to hold it against but itself
+            unstable = ""
+        metric = None
+        if self._evaluation is not None and not unstable and all(stage.passed for stage in stages):
+            metric = self._evaluation.judged(runner, dtype, candidate.device, self._progress)
         accuracy = accuracy_gate.verdict(
             tuple(stages),
             reference=found.kind,
-            deterministic=deterministic,
-            mutates_inputs=mutates,
+            deterministic=answers.deterministic,
+            mutates_inputs=answers.mutates_inputs,
             reference_mutates_inputs=found.mutates_inputs,
+            unstable=unstable,
+            metric=metric,
             notes=tuple(notes),
         )
         self._pack = None
-        self._evidence = packs.Pack.sampled(found.outputs, twins, seeds, found.kind)
+        self._evidence = packs.Pack.sampled(found.outputs[:first], twins[:first], seeds, found.kind)
         return facts.Verified(accuracy=accuracy)
 
     def _structure(
@@ -309,18 +371,58 @@ class Session:
             twins = verification.eager_outputs(model, Precision.FP32, batches, candidate.device)
             runner, _ = self._construct(candidate, model, Precision.FP32)
             try:
-                outputs, _, _ = verification.runner_outputs(runner, batches, torch.float32, candidate.device)
+                outputs = verification.runner_outputs(runner, batches, torch.float32, candidate.device).outputs
             finally:
                 runner.close()
                 verification.release(candidate.device)
         return accuracy_gate.judge_stage("structure", found.outputs, outputs, twins, limits, seeds)
 
-    def _references(self, model: Model, batches: list[Inputs], device: str) -> tuple[verification.Reference, list[verification.Named]]:
-        """What candidates are held against, and the outputs of plain eager at the candidate's dtype."""
+    def _gate(self, tolerance: Tolerance, *, scales: bool) -> gating.Gate:
+        """What this candidate is held against, at its precision."""
+        candidate, model = self._loaded()
+        batches, seeds = self._drawn().batches()
+        material = gating.Material(
+            drawn=batches,
+            seeds=seeds,
+            real=self._evaluation.batches() if self._evaluation is not None else (),
+            stressed=stress.batches(self._drawn().first) if scales else (),
+        )
+        self._progress(None, "computing the reference")
+        found, twin = self._references(model, material.every, candidate.device, required=material.required)
+        limits = tolerances.merged(self._precision, tolerance, approximate=rewrites.is_approximate(candidate.transforms.rewrites))
+        is_cast = self._precision.carrier.dtype != own_precision(model).dtype
+        return gating.Gate(material=material, found=found, twin=twin, limits=limits, is_cast=is_cast)
+
+    def sensitivity(self, tolerance: Tolerance, budget: int = 64, seconds: float = 300.0) -> Sensitivity:
+        """Which modules must stay in fp32 for this candidate's precision to pass its gate. On eager copies, so nothing is built: after `load`, or a failed `verify`.
+
+        At most `budget` sets are tried, and none is begun after `seconds`. Raises Unsupported for a form whose modules cannot be cast apart.
+        """
+        candidate, model = self._loaded()
+        sensitivity.require(model)
+        return sensitivity.find(
+            model,
+            candidate.transforms,
+            self._precision,
+            self._gate(tolerance, scales=True),
+            sample=self._drawn().sample(self._precision, candidate.device),
+            device=candidate.device,
+            evaluation=self._evaluation,
+            count=self._count,
+            budget=budget,
+            seconds=seconds,
+            progress=self._progress,
+        )
+
+    def _references(
+        self, model: Model, batches: list[Inputs], device: str, *, required: int | None = None
+    ) -> tuple[verification.Reference, verification.Twin]:
+        """What candidates are held against, and plain eager at the candidate's precision. Batches from `required` on may be refused by the model."""
         if model.form in ("onnx", "torchscript"):
-            found = verification.reference_of_file(model, batches)
-            return found, found.outputs
-        return verification.reference(model, batches, device), verification.eager_outputs(model, self._precision, batches, device)
+            found = verification.reference_of_file(model, batches, required=required)
+            return found, verification.Twin(outputs=found.outputs, refused=found.refused)
+        reference = verification.reference(model, batches, device, required=required)
+        return reference, verification.twin(model, self._precision, batches, device, required=required)
 
     def _verify_pack(self, tolerance: Tolerance) -> Accuracy:
         """A bundle against the reference outputs it carries."""
@@ -328,29 +430,52 @@ class Session:
         assert pack is not None
         candidate, _ = self._loaded()
         runner = self._built()
-        dtype = getattr(torch, self._precision.dtype)
+        dtype = getattr(torch, self._precision.carrier.dtype)
         assert self._manifest is not None
         if dict(candidate.dims) != dict(self._manifest.dims):
             # The reference was taken at the sizes the bundle was compiled for; they are within its ranges, so it can be run at them.
             batches = [self._drawn().batch(seed, dims=dict(self._manifest.dims)) for seed in pack.seeds]
         else:
             batches = [self._drawn().batch(seed) for seed in pack.seeds]
-        outputs, deterministic, mutates = verification.runner_outputs(runner, batches, dtype, candidate.device)
+        answers = verification.runner_outputs(runner, batches, dtype, candidate.device)
+        deterministic, mutates = answers.deterministic, answers.mutates_inputs
         sampled = []
-        for named in outputs:
+        for named in answers.outputs:
             kept, reason = pack.of(named)
             if reason:
                 return Accuracy(passed=False, reference=pack.kind, reason=reason, deterministic=deterministic, mutates_inputs=mutates)
             sampled.append(kept)
-        limits = tolerances.merged(self._precision, tolerance)
+        limits = tolerances.merged(self._precision, tolerance, approximate=rewrites.is_approximate(self._manifest.transforms))
         stage = accuracy_gate.judge_stage("precision", list(pack.reference), sampled, list(pack.twins), limits, pack.seeds)
+        metric = None
+        if self._evaluation is not None and stage.passed:
+            metric = self._evaluation.judged(runner, dtype, candidate.device, self._progress)
         return accuracy_gate.verdict(
             (stage,),
             reference=pack.kind,
             deterministic=deterministic,
             mutates_inputs=mutates,
+            metric=metric,
             notes=(f"against the bundle's own reference, {packs.SAMPLES} elements an output at most",),
         )
+
+    # -- generate -----------------------------------------------------------------------------------------------------------------
+
+    def generate(self, generate: GenerateSpec, verify: bool = True) -> GenerationBuilt:
+        """Instead of build and verify: a runner whose call is a whole generation. Raises what both raise."""
+        from gpuopt.pipeline import generating  # brings transformers, which nothing else needs
+
+        candidate, model = self._loaded()
+        self._stack.enter_context(precisions.flags(self._precision))
+        self._runner, found = generating.built(
+            candidate, model, self._drawn(), self._precision, generate, verify=verify, started=self._started, progress=self._progress
+        )
+        return found
+
+    def token_times(self) -> TokenTimes:
+        """Prompt and tokens apart, of the calls that were timed."""
+        found: TokenTimes = self._built().token_times()  # type: ignore[attr-defined]
+        return found
 
     # -- measure ------------------------------------------------------------------------------------------------------------------
 
@@ -506,17 +631,22 @@ class Session:
         if self._evidence is None and getattr(runner, "build_only", False):
             # Built for another machine: it is verified there, against outputs that only the source can give.
             batches, seeds = self._drawn().batches()
-            found, twins = self._references(self._loaded()[1], batches, "cpu")
-            self._evidence = packs.Pack.sampled(found.outputs, twins, seeds, found.kind)
+            found, twin = self._references(self._loaded()[1], batches, "cpu")
+            self._evidence = packs.Pack.sampled(found.outputs, twin.outputs, seeds, found.kind)
         if self._evidence is not None:
             files["reference"] = packs.write(self._evidence, target)
         inputs = self._drawn().first
         if self._drawn().is_given:
             files["inputs"] = packs.write_inputs(inputs, target)
         assert self._facts is not None
+        loaded = self._facts
+        if self._drawn().is_given and "N" not in input_maker.shared_dims(inputs):
+            loaded = replace(
+                loaded, dims={name: size for name, size in loaded.dims.items() if name != "N"}
+            )  # as whoever reads the file will find them
         return facts.Saved(
             files=files,
-            loaded=self._facts,
+            loaded=loaded,
             positional=len(inputs.args),
             dim_ranges=dynamic_ranges(candidate),
             fingerprint=fingerprint.current(candidate.backend.name, info.describe(candidate.device)),
@@ -556,6 +686,10 @@ class Session:
     def matrix(self, device_id: str, candidate: Candidate | None = None) -> facts.Matrix:
         """Every backend, for this model where one is named: the way to it, or the reason why there is none."""
         return matrix.matrix(device_id, candidate)
+
+    def traits(self, ref: ModelRef) -> traits.Traits:
+        """What a search asks of a model before anything is built."""
+        return traits.of(loaders.load(ref))
 
     def anchor(self, quantity: str, device: Device, spec: BenchSpec) -> facts.Anchored:
         """One block of products in this quantity: the ceiling under the load of a bench. Raises OutOfMemory."""

@@ -19,13 +19,21 @@ STARTED = time.monotonic()
 
 from gpuopt.core import codec  # noqa: E402
 from gpuopt.core.errors import BadInput, GateFailed, GpuoptError, OutOfMemory, ResourceError, TimedOut, Unavailable, Unsupported, UsageError  # noqa: E402
+from gpuopt.core.generation import GenerateSpec  # noqa: E402
 from gpuopt.core.result import Device, Status  # noqa: E402
 from gpuopt.core.spec import BenchSpec, Candidate, ModelRef, Tolerance  # noqa: E402
 from gpuopt.pipeline import facts  # noqa: E402
 
 PR_SET_PDEATHSIG = 1
 
-ARGUMENTS: dict[str, Any] = {"candidate": Candidate, "spec": BenchSpec, "tolerance": Tolerance, "device": Device, "ref": ModelRef}
+ARGUMENTS: dict[str, Any] = {
+    "candidate": Candidate,
+    "spec": BenchSpec,
+    "tolerance": Tolerance,
+    "device": Device,
+    "ref": ModelRef,
+    "generate": GenerateSpec,
+}
 """How arguments that are values are read back, by name; every other argument is a plain JSON type."""
 
 
@@ -110,9 +118,9 @@ def classify(error: BaseException, verb: str) -> Status:
         return Status.DISK_FULL if "space left" in error.message else Status.OOM_HOST
     if "ImpossibleFigure" in names:
         return Status.BUG
-    if verb == "build":
+    if verb in ("build", "generate"):
         return Status.COMPILE_ERROR
-    if verb in ("verify", "measure", "block", "warm", "profile"):
+    if verb in ("verify", "sensitivity", "measure", "block", "warm", "profile"):
         return Status.CRASH
     return Status.BUG
 

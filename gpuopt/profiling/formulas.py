@@ -240,7 +240,7 @@ _CONVOLUTIONS = (
     "aten::miopen_convolution aten::miopen_convolution_relu aten::miopen_convolution_add_relu aten::miopen_depthwise_convolution aten::mkldnn_convolution "
     "aten::_conv_depthwise2d aten::conv_depthwise3d aten::_slow_conv2d_forward aten::slow_conv_dilated2d aten::slow_conv_dilated3d aten::slow_conv3d_forward "
     "aten::_nnpack_spatial_convolution aten::_mps_convolution mkldnn::_convolution_pointwise mkldnn::_convolution_pointwise_ "
-    "onednn::qconv1d_pointwise onednn::qconv2d_pointwise onednn::qconv3d_pointwise onednn::qconv_pointwise"
+    "onednn::qconv1d_pointwise onednn::qconv2d_pointwise onednn::qconv3d_pointwise onednn::qconv_pointwise gpuopt::conv_relu"
 ).split()
 _TRANSPOSED = (
     "aten::cudnn_convolution_transpose aten::miopen_convolution_transpose aten::_mps_convolution_transpose aten::slow_conv_transpose2d aten::slow_conv_transpose3d "
@@ -258,7 +258,7 @@ _PACKED_ATTENTIONS = (
 _LINEARS = (
     "aten::linear aten::mkldnn_linear aten::_weight_int4pack_mm aten::_weight_int4pack_mm_for_cpu aten::_weight_int4pack_mm_with_scales_and_zeros aten::_weight_int8pack_mm "
     "aten::_mixed_dtypes_linear aten::_dyn_quant_matmul_4bit mkldnn::_linear_pointwise mkl::_mkl_linear onednn::qlinear_pointwise "
-    "quantized::linear quantized::linear_relu quantized::linear_dynamic quantized::linear_relu_dynamic quantized::linear_dynamic_fp16"
+    "quantized::linear quantized::linear_relu quantized::linear_dynamic quantized::linear_relu_dynamic quantized::linear_dynamic_fp16 gpuopt::linear_gelu"
 ).split()
 _RNNS = (
     "aten::_cudnn_rnn aten::miopen_rnn aten::_lstm_mps aten::lstm aten::gru aten::rnn_tanh aten::rnn_relu quantized::lstm quantized::gru"

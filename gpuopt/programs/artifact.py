@@ -15,6 +15,7 @@ from gpuopt.core import codec
 from gpuopt.core.accepts import Accepts
 from gpuopt.core.errors import BadInput
 from gpuopt.core.live import Inputs
+from gpuopt.programs import ops
 from gpuopt.programs.export import export
 from gpuopt.trust import gate
 
@@ -33,6 +34,7 @@ def save(module: torch.nn.Module, inputs: Inputs, dynamic: Mapping[str, Sequence
 
 def load(folder: Path, files: Mapping[str, str], options: Mapping[str, Any]) -> tuple[torch.nn.Module, Accepts]:
     """The callable of a saved program and what it accepts. `options`: `trust` and `signed_by_us` as the gate takes them."""
+    ops.register()
     program = gate.load_exported(folder / files["exported"], **consent(options))
     return program.module(), read_accepts(folder, files)
 

@@ -5,7 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gpuopt.core.result import Ceilings, Report
-from gpuopt.reports.content import breakdown, devices, headline, inputs, machine, naming, program, proof, speed, steps, tables, verdicts
+from gpuopt.reports.content import (
+    breakdown,
+    devices,
+    generation,
+    headline,
+    inputs,
+    machine,
+    naming,
+    program,
+    proof,
+    search,
+    speed,
+    steps,
+    tables,
+    verdicts,
+)
 from gpuopt.reports.content.blocks import Block, Page, View
 from gpuopt.reports.figures import clean
 
@@ -14,7 +29,8 @@ def page(report: Report, view: View | None = None) -> Page:
     """The page of any report, whatever its verb."""
     view = view or View()
     ceilings = report.device.ceilings if report.device else Ceilings()
-    detailed = [run for run in report.runs if run.waterfall or run.roofline or run.modules]
+    whole, report = report, search.finalists(report)
+    detailed = [run for run in report.runs if (run.waterfall or run.roofline or run.modules) and not report.search]
     name = naming.labels(report.runs)
     blocks: list[Block] = []
     is_doctor = report.verb == "doctor"
@@ -24,10 +40,12 @@ def page(report: Report, view: View | None = None) -> Page:
         blocks += machine.of_all(report)
         blocks += inputs.build(report)
     blocks += devices.build(report)
+    blocks += search.build(whole)
     blocks += tables.build(report, view)
     for run in detailed:
         shown = replace(run, modules=(), roofline=()) if is_doctor else run
         blocks += breakdown.build(shown, ceilings, view, name(run) if len(detailed) > 1 else "")
+    blocks += generation.build(report, name)
     blocks += speed.build(report, ceilings, name)
     blocks += program.notes(report)
     blocks += proof.build(report, name)
@@ -39,7 +57,12 @@ def page(report: Report, view: View | None = None) -> Page:
     return Page(
         title=clean(f"gpuopt {report.verb}"),
         subtitle=clean(report.command, 1000),
-        headline=(*devices.headline(report), *headline.build(report, ceilings, name)),
+        headline=(
+            *search.headline(whole),
+            *devices.headline(report),
+            *generation.headline(report, name),
+            *headline.build(report, ceilings, name),
+        ),
         blocks=tuple(blocks),
         next=tuple(steps.build(report, ceilings)),
         footer=_footer(report),

@@ -64,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for model in (m for m in MODELS if m in models):
         for backend in (b for b in BACKENDS if b in backends):
             if not asked.small and (model, backend) in LEFT_OUT:
-                found = replace(found, cases=(*found.cases, Case(model=model, backend=backend, command="", reason=LEFT_OUT[model, backend])))
+                found = replace(
+                    found, cases=(*found.cases, Case(model=model, backend=backend, command="", reason=LEFT_OUT[model, backend]))
+                )
                 continue
             case, report = measured(model, backend, device=asked.device, small=asked.small)
             if report is not None and report.device is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +14,74 @@ from gpuopt.backends import cudagraphs
 from gpuopt.core.errors import Unsupported, UsageError
 from gpuopt.core.live import Inputs, Model, Runner
 from gpuopt.core.spec import TensorSpec
-from gpuopt.core.tally import Tally
+from gpuopt.programs import capture
 
 
 class Replay:
     """Reads and writes fixed buffers, as a CUDA graph does."""
 
-    def __init__(self, module: Any, static: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        self.module, self.static, self.out, self.resets = module, static, out, 0
+    def __init__(self, call: Callable[[], Any], outputs: dict[str, torch.Tensor]) -> None:
+        self.call, self.outputs, self.resets = call, outputs, 0
 
     def replay(self) -> None:
-        with torch.no_grad():
-            self.out.copy_(self.module(*self.static))
+        for name, value in self.call().items():
+            self.outputs[name].copy_(value)
 
     def reset(self) -> None:
         self.resets += 1
 
 
-def runner(**options: Any) -> tuple[cudagraphs.GraphRunner, torch.nn.Module, Inputs]:
+class Recorder:
+    """In place of `capture.Recorder`, whose own tests are in tests/programs/test_capture.py."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def run(self, call: Callable[[], Any]) -> None:
+        call()
+
+    def record(self, call: Callable[[], Any], watch: Callable[[], AbstractContextManager[Any]]) -> tuple[Any, Any]:
+        with watch():
+            outputs = call()
+        return Replay(call, outputs), outputs
+
+    def queue(self) -> Any:
+        return None
+
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "Recorder", Recorder)
+
+
+class Net(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> Any:
+        return {"y": super().forward(x)}
+
+
+def runner(**options: Any) -> tuple[cudagraphs.GraphRunner, Callable[[torch.Tensor], torch.Tensor], Inputs]:
     torch.manual_seed(0)
-    module = torch.nn.Linear(8, 4).eval()
+    module = Net(8, 4).eval()
     given = Inputs(args=(torch.randn(2, 8),), specs=(TensorSpec.parse("x:float32[N,8]"),))
-    static = tuple(cudagraphs._buffer(t) for t in given.args)
-    out = torch.zeros(2, 4)
-    built = cudagraphs.GraphRunner(
-        module=module, inputs=given, static=static, graph=Replay(module, static, out), outputs={"y": out}, tally=Tally(), options=options
-    )
-    return built, module, given
+    built = cudagraphs.build(Model(form="module", name="m", module=module), given, options)
+
+    def reference(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = module(x)["y"]
+        return found
+
+    return built, reference, given
 
 
 def test_it_is_a_runner_that_gives_the_modules_answer() -> None:
-    built, module, given = runner()
+    built, reference, given = runner()
     assert isinstance(built, Runner)
     other = torch.randn(2, 8)
     for x in (*given.args, other):
-        assert torch.allclose(built(x)["y"], module(x), atol=1e-6)
+        assert torch.allclose(built(x)["y"], reference(x), atol=1e-6)
 
 
 def test_the_callers_tensors_stay_as_they_are() -> None:
@@ -74,10 +109,10 @@ def test_static_outputs_are_overwritten_and_say_so() -> None:
 
 
 def test_the_graphs_own_buffers_need_no_copy() -> None:
-    built, module, _ = runner()
+    built, reference, _ = runner()
     (buffer,) = built.static_inputs
     buffer.fill_(2.0)
-    assert torch.allclose(built(buffer)["y"], module(torch.full((2, 8), 2.0)), atol=1e-6)
+    assert torch.allclose(built(buffer)["y"], reference(torch.full((2, 8), 2.0)), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -90,15 +125,54 @@ def test_what_copy_would_broadcast_or_cast_is_refused(x: torch.Tensor) -> None:
 
 
 def test_another_layout_is_taken_because_inputs_are_copied() -> None:
-    built, module, _ = runner()
+    built, reference, _ = runner()
     x = torch.randn(8, 2).t()
-    assert torch.allclose(built(x)["y"], module(x), atol=1e-6)
+    assert torch.allclose(built(x)["y"], reference(x), atol=1e-6)
 
 
 def test_dynamic_dimensions_are_unsupported() -> None:
-    _, module, given = runner()
-    with pytest.raises(Unsupported, match="one shape, and N"):
-        cudagraphs.build(Model(form="module", name="m", module=module), given, {"dynamic": {"N": (1, 8)}})
+    with pytest.raises(Unsupported, match="one shape, and N") as raised:
+        runner(dynamic={"N": (1, 8)})
+    assert "inductor:graphed" in raised.value.fix
+
+
+def test_the_audit_is_of_the_recorded_call() -> None:
+    built, _, _ = runner(precision="fp32")
+    audit = built.audit()
+    assert (
+        audit is not None and audit.honoured and audit.shares == {"float32": 1.0} and audit.method == "aten dispatch of the recorded call"
+    )
+
+
+def test_an_input_the_forward_writes_into_is_refused() -> None:
+    class Writes(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return {"y": x.relu_() + 1}
+
+    given = Inputs(args=(torch.ones(2, 8),), specs=(TensorSpec.parse("x:float32[N,8]"),))
+    with pytest.raises(Unsupported, match="writes into its input 'x'"):
+        cudagraphs.build(Model(form="module", name="w", module=Writes()), given, {})
+
+
+def test_a_model_without_inputs_has_nothing_to_record_on() -> None:
+    with pytest.raises(Unsupported, match="without inputs"):
+        cudagraphs.build(Model(form="module", name="m", module=torch.nn.Identity()), Inputs(), {})
+
+
+def test_what_was_saved_is_recorded_again_under_the_names_of_its_inputs(tmp_path: Path) -> None:
+    built, reference, given = runner()
+    again = cudagraphs.load(tmp_path, built.save(tmp_path), {"signed_by_us": True}, "cpu")
+    assert torch.allclose(again(*given.args)["y"], reference(*given.args), atol=1e-6)
+    assert "recorded again from the exported program of the bundle" in again.notes
+    with pytest.raises(UsageError, match="'x'"):
+        again(torch.zeros(3, 8))
+
+
+def test_closing_is_harmless_twice() -> None:
+    built, _, _ = runner()
+    built.close()
+    built.close()
+    assert built.static_inputs == ()
 
 
 def test_what_it_saves_is_the_source_it_was_recorded_from(tmp_path: Path) -> None:

@@ -162,6 +162,16 @@ def test_cuda_graph_presets_on_a_cpu_say_so() -> None:
     assert notes == ["max-autotune without CUDA graphs: the model is on cpu"]
 
 
+@pytest.mark.parametrize("preset", [name for name in inductor.PRESETS if name.endswith("graphed")])
+def test_presets_that_record_refuse_a_cpu_and_inductors_own_graphs(preset: str) -> None:
+    with pytest.raises(Unsupported, match=f"preset {preset} means CUDA graphs, and the model is on cpu"):
+        inductor.build(model(Mlp()), inputs(), {"preset": preset})
+    settings, notes = inductor._settings({"preset": preset}, "cuda:0")
+    assert settings["triton.cudagraphs"] is False and not notes
+    with pytest.raises(UsageError, match="records the graph itself"):
+        inductor._settings({"preset": preset, "triton.cudagraphs": True}, "cuda:0")
+
+
 def test_outputs_of_graph_memory_are_copied_in_every_nesting() -> None:
     memory = torch.zeros(3)
     out = copied({"a": memory, "b": [memory, (memory, None)], "c": 1})

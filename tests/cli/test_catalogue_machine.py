@@ -342,10 +342,10 @@ def test_51_among_candidates_it_is_unsupported_with_its_reason(command: Any, fak
 
 
 def test_51_one_that_can_still_wins(command: Any, tmp_path: Path) -> None:
-    ended = command("bench", "m.py:net", "-p", "fp32", "-p", "fp8", "--device", "cpu", *QUICK, "--json", "r.json")
+    ended = command("bench", "m.py:net", "-p", "fp32", "-p", "tf32", "--device", "cpu", *QUICK, "--json", "r.json")
     assert ended.code == 0, ended.err
     able, unable = json.loads((tmp_path / "r.json").read_text())["runs"]
-    assert able["status"] == "ok" and unable["status"] == "unsupported" and "fp8" in unable["reason"]
+    assert able["status"] == "ok" and unable["status"] == "unsupported" and "tf32" in unable["reason"]
 
 
 # --- in processes of their own

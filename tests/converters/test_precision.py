@@ -189,10 +189,12 @@ def test_a_mixed_model_is_cast_even_where_its_commonest_dtype_is_right(make):
     assert {p.dtype for p in cast_of(model, Precision.FP32).module.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("to", [Precision.FP8, Precision.INT8])
+@pytest.mark.parametrize("to", [Precision.FP8, Precision.INT8, Precision.W8])
 def test_a_quantisation_is_not_a_cast(bert, to):
-    with pytest.raises(Unsupported, match="scales"):
-        cast_of(bert[0], to)
+    with pytest.raises(AssertionError, match="scales"):
+        precision.cast(bert[0].module, to)
+    kinds = {p.dtype for p in apply(bert[0], to, Transforms(), bert[1]).module.parameters()}
+    assert kinds == {getattr(torch, to.dtype), torch.bfloat16}
 
 
 def test_a_recurrent_layer_survives_its_cast(make, inputs):

@@ -218,3 +218,62 @@ def test_tf32_switches_set_through_the_newer_interface_are_read_through_it() -> 
         cuda=SimpleNamespace(matmul=Mixed()), cudnn=SimpleNamespace(allow_tf32=True, conv=SimpleNamespace(fp32_precision="ieee"))
     )
     assert tf32_flags(switches, (9, 0)) == {"tf32_matmul": True, "tf32_conv": False}
+
+
+def weight_only(*, wide: int = 0) -> Tally:
+    """Ops of a product whose [48, 64] weight is widened from int8 first, and of `wide` others whose weight is not."""
+    tally = Tally()
+    stored, x = t(48, 64, dtype=torch.int8), t(4, 64, dtype=torch.bfloat16)
+    widened, turned, out = (t(*shape, dtype=torch.bfloat16) for shape in ((48, 64), (64, 48), (4, 48)))
+    tally.add("prims.convert_element_type.default", [stored, torch.bfloat16], {}, widened)
+    tally.add("aten.permute.default", [widened, [1, 0]], {}, turned)
+    tally.add("aten.mm.default", [x, turned], {}, out, where="narrow")
+    for index in range(wide):
+        tally.add("aten.addmm.default", [t(48), x, t(64, 48, dtype=torch.bfloat16)], {}, out, where=f"wide{index}")
+    return tally
+
+
+def test_w8_is_judged_by_how_weights_are_stored_and_says_what_they_multiply_in() -> None:
+    audit = weight_only().audit("w8", "test")
+    assert audit.honoured and audit.shares == {"bfloat16": 1.0}
+    assert audit.reason == "100.00% of the weights that products read are stored in int8"
+
+
+def test_w8_is_honoured_from_half_of_the_weights_and_names_the_others() -> None:
+    assert weight_only(wide=1).audit("w8", "test").honoured
+    refused = weight_only(wide=2).audit("w8", "test")
+    assert not refused.honoured and "33.33%" in refused.reason and "50%" in refused.reason
+    assert refused.exceptions[0] == "wide0: stored as bfloat16, 33.3%"
+    assert not weight_only(wide=0).audit("int8", "test").honoured
+
+
+def test_w8_says_so_where_a_compiler_left_no_product_to_read() -> None:
+    tally = Tally()
+    tally.add("prims.convert_element_type.default", [t(48, 64, dtype=torch.int8), torch.float32], {}, t(48, 64))
+    tally.add("aten._scaled_dot_product_flash_attention.default", [t(2, 2, 8, 8)] * 3, {}, None)
+    audit = tally.audit("w8", "test")
+    assert audit.honoured and "1 weights of int8 are widened in the code they became" in audit.reason
+
+
+def test_another_tensor_at_the_same_address_is_not_taken_for_a_weight() -> None:
+    tally = weight_only()
+    stale = next(iter(tally._stems_from))
+    other = t(64, 48, dtype=torch.bfloat16)
+    tally._stems_from[id(other)] = tally._stems_from[stale]
+    assert tally._origin(other) == "bfloat16"
+
+
+def test_convolutions_and_attention_are_outside_an_fp8_request_and_half_of_the_products_carries_it() -> None:
+    def mixed(narrow: int) -> Tally:
+        tally = Tally()
+        tally.add("aten._scaled_dot_product_flash_attention.default", [t(2, 2, 64, 64)] * 3, {}, None)
+        tally.add("aten.convolution.default", [t(1, 8, 16, 16), t(8, 8, 3, 3)], {}, t(1, 8, 16, 16))
+        for index in range(4):
+            dtype = torch.float8_e4m3fn if index < narrow else torch.bfloat16
+            tally.add("aten._scaled_mm.default", [t(4, 8, dtype=dtype), t(8, 4, dtype=dtype)], {}, t(4, 4), where=f"at{index}")
+        return tally
+
+    assert mixed(4).audit("fp8", "test").reason.startswith("100.00% of product FLOPs")
+    assert mixed(2).audit("fp8", "test").honoured
+    refused = mixed(1).audit("fp8", "test")
+    assert not refused.honoured and "25.00% of product FLOPs" in refused.reason and len(refused.exceptions) == 3

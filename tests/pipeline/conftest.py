@@ -213,4 +213,6 @@ def tools() -> Any:
     """The functions of this file, which tests cannot import."""
     from types import SimpleNamespace
 
-    return SimpleNamespace(candidate=candidate, job=job, Watcher=Watcher, QUICK=QUICK, left_in=left_in, fake_survey=fake_survey)
+    return SimpleNamespace(
+        candidate=candidate, job=job, Watcher=Watcher, QUICK=QUICK, left_in=left_in, fake_survey=fake_survey, LocalChild=LocalChild
+    )

@@ -25,7 +25,7 @@ def supports(form: str, precision: Precision | None, device: str) -> str | None:
         return f"takes ONNX files, not {form}"
     if precision is Precision.TF32 and not device.startswith("cuda"):
         return "TF32 exists on NVIDIA GPUs only"
-    if precision in (Precision.FP8, Precision.INT8):
+    if precision is not None and precision.is_quantised:
         return f"{precision} comes from quantize and dequantize nodes in the ONNX file; ask for no precision to run such a file as it is"
     return None
 

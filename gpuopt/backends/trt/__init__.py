@@ -74,7 +74,7 @@ def supports(form: str, precision: Precision | None, device: str) -> str | None:
         return f"takes ONNX files, not {form}"
     if precision is Precision.FP64:
         return "TensorRT has no double precision"
-    if precision in (Precision.FP8, Precision.INT8):
+    if precision is not None and precision.is_quantised:
         return f"{precision} comes from quantize and dequantize nodes in the ONNX file; ask for no precision to build such a file as it is"
     return None
 

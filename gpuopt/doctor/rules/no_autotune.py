@@ -18,6 +18,8 @@ PRESETS = {
     "reduce-overhead": "max-autotune",
     "freezing": "max-autotune-freezing-no-cudagraphs",
     "freezing-reduce-overhead": "max-autotune-freezing",
+    "graphed": "max-autotune-graphed",
+    "freezing-graphed": "max-autotune-freezing-graphed",
 }
 """What has no autotuning -> the same with it."""
 BELOW = 0.7

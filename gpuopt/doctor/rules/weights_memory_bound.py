@@ -42,7 +42,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         severity="info",
         message=f"{units.format_bytes(found.weight_bytes)} of weights are read in {words.ms(found.time_ms)} at {units.format_bytes_per_s(found.rate)}, "
         f"{words.share(found.rate / found.bandwidth)} of the bandwidth, at {words.number(found.intensity, 'FLOP')} a byte (compute binds from {words.digits(found.ridge)})",
-        fix="more samples a call (batching costs next to nothing here), or weight-only int8/int4: torchao.quantize_(model, Int8WeightOnlyConfig())",
+        fix="more samples a call (batching costs next to nothing here), or weights in int8: --precision w8",
         op="aten::mm",
         bytes=found.weight_bytes,
         time_ms=found.time_ms,
@@ -57,7 +57,7 @@ RULE = Rule(
     what="Products read their weights at the full speed of memory and compute almost nothing with them.",
     why="Every weight is read for each call, however few samples it serves: nothing but fewer bytes or more samples helps.",
     before="y = model(x)  # one token at a time, bf16",
-    after="quantize_(model, Int8WeightOnlyConfig())\ny = model(x)",
+    after="gpuopt bench model.pt --precision w8 --backend inductor:max-autotune",
     safe=False,
     needs=frozenset({"records", "device"}),
     find=find,

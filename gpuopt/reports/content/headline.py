@@ -32,11 +32,11 @@ def build(report: Report, ceilings: Ceilings, name: Callable[[Run], str]) -> tup
     lines += program.headline(report)
     lines += changes.headline(changes.of_report(report))
     ok = [run for run in report.runs if run.status == Status.OK]
-    if len(report.runs) == 1 and ok and ok[0].latency_ms:
+    if len(report.runs) == 1 and ok and ok[0].latency_ms and report.search is None:
         lines += _one_run(report, ok[0], ceilings)
     elif len(report.runs) == 1 and ok and ok[0].backend == "trace":  # nothing in a trace is a latency, but its time goes somewhere
         lines += _biggest(ok[0], "a traced call")
-    elif len(report.runs) > 1:
+    elif len(report.runs) > 1 and report.search is None:
         lines += _many_runs(report, ok, name)
     for run in report.runs:
         if run.input_source.startswith("guess"):

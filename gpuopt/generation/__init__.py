@@ -1,0 +1,64 @@
+"""Backend and preset -> how tokens are generated. A table of settings; light, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpuopt.core.errors import UsageError
+from gpuopt.core.spec import BackendSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How a prefill and a decode step are run. All but `shipped` have a cache of fixed length and keep every tensor of the loop on the device."""
+
+    words: str
+    shipped: bool = False
+    """The model's own generate()."""
+    compiles: bool = False
+    records: bool = False
+    """Each on a GPU as one CUDA graph, recorded by hand; a decode step is then one launch."""
+    mode: str | None = None
+    """torch.compile's, for both."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Inductor's settings for the decode step."""
+
+
+TUNED = {"coordinate_descent_tuning": True}
+"""Products of one row become reductions in Triton, tuned one by one: cuBLAS's own read weights at 60% of the bandwidth (torch/_inductor/decomposition.py, mm)."""
+
+WAYS: dict[tuple[str, str | None], Way] = {
+    ("eager", None): Way(words="generate() as shipped", shipped=True),
+    ("eager", "static"): Way(words="static cache, eager steps"),
+    ("cudagraphs", None): Way(words="static cache, eager steps recorded as CUDA graphs", records=True),
+    ("inductor", None): Way(words="static cache, compiled steps in CUDA graphs", compiles=True, records=True),
+    ("inductor", "reduce-overhead"): Way(
+        words="static cache, torch.compile(mode='reduce-overhead')", compiles=True, mode="reduce-overhead"
+    ),
+    ("inductor", "tuned"): Way(
+        words="static cache, compiled steps with tuned matrix-vector products in CUDA graphs", compiles=True, records=True, options=TUNED
+    ),
+    ("inductor", "max-autotune"): Way(
+        words="static cache, compiled steps with every product autotuned, in CUDA graphs",
+        compiles=True,
+        records=True,
+        options={**TUNED, "max_autotune": True},
+    ),
+}
+"""(backend, preset) -> way."""
+
+UNASKED = {"cuda": ("eager", "cudagraphs", "inductor", "inductor:tuned"), "cpu": ("eager", "eager:static", "inductor")}
+"""What is compared where no --backend is given, by the kind of device. The model as it comes is first: the others are held against it."""
+
+
+def resolve(backend: BackendSpec) -> Way:
+    """Raises UsageError for a backend, preset or option that does not generate."""
+    preset = None if backend.preset == "default" else backend.preset
+    way = WAYS.get((backend.name, preset))
+    if way is None:
+        known = ", ".join(f"{name}:{preset}" if preset else name for name, preset in WAYS)
+        raise UsageError(f"{backend} does not generate", fix=f"--backend one of: {known}")
+    if backend.options:
+        raise UsageError(f"{backend} takes no options to generate: {', '.join(backend.options)}", fix="leave them away")
+    return way

@@ -1,0 +1,65 @@
+"""A loaded model -> what a search asks of it before anything is built: which kinds of layers it has, and which rewrites would change something."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpuopt.converters import rewrites
+from gpuopt.core.errors import GpuoptError
+from gpuopt.core.live import Model
+
+_CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
+_NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """After `traits`."""
+
+    has_batch_norm: bool = False
+    has_convolutions: bool = False
+    """With four-dimensional weights: those that a memory layout concerns."""
+    has_products: bool = False
+    rewrites: dict[str, str] = field(default_factory=dict)
+    """Rewrite, with its setting where it has some -> "" where it would change something, else why not."""
+
+
+def of(model: Model) -> Traits:
+    """A file that is no PyTorch module has none of them: nothing in it can be rewritten."""
+    if model.form != "module":
+        why = f"a model of form {model.form} stays as it was written"
+        return Traits(has_products=True, rewrites=dict.fromkeys(rewrites.REWRITES, why))
+    names = [type(part).__name__ for part in model.module.modules()]
+    return Traits(
+        has_batch_norm=any(name.endswith(_NORMS) for name in names),
+        has_convolutions=any(p.dim() == 4 for p in model.module.parameters()) and any(name.endswith(_CONVOLUTIONS) for name in names),
+        has_products=any(p.dim() >= 2 for p in model.module.parameters()),
+        rewrites=_rewrites(model.module),
+    )
+
+
+def _rewrites(module: Any) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in rewrites.REWRITES:
+        try:
+            rewrite, _ = rewrites.resolve(name) if not _needs_setting(name) else rewrites.resolve(f"{name}:{_settings(name)[0]}")
+            why = rewrite.applies(module) or ""
+        except GpuoptError as error:
+            found[name] = error.message
+            continue
+        for setting in rewrite.SETTINGS if _needs_setting(name) else (None,):
+            found[f"{name}:{setting}" if setting else name] = why
+    return found
+
+
+def _needs_setting(name: str) -> bool:
+    from gpuopt.core import registry
+
+    return bool(getattr(registry.resolve(rewrites.REWRITES, name, kind="rewrite"), "NEEDS_SETTING", False))
+
+
+def _settings(name: str) -> tuple[str, ...]:
+    from gpuopt.core import registry
+
+    return tuple(registry.resolve(rewrites.REWRITES, name, kind="rewrite").SETTINGS)

@@ -1,0 +1,91 @@
+"""The operators on a GPU: against fp64, by the kernels they are there for, in every dtype a candidate or its fp32 twin may have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from gpuopt.programs.ops import conv, linear_gelu
+
+pytestmark = pytest.mark.gpu
+
+SIZES = {
+    "3x3": (64, 64, 3, 1, 1),
+    "3x3 strided": (64, 128, 3, 2, 1),
+    "1x1": (64, 256, 1, 1, 0),
+    "7x7 of 3 channels": (3, 64, 7, 2, 3),
+    "odd": (20, 36, 3, 1, 1),
+}
+LIMITS = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def exact_fp32():
+    torch.manual_seed(0)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+def ops_of(call):
+    """Names of the ATen ops a call ran."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    return {event.key for event in seen.key_averages()}
+
+
+@pytest.mark.parametrize("benchmark", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_convolutions(size, dtype, residual, benchmark):
+    in_channels, out_channels, kernel, stride, pad = SIZES[size]
+    x = torch.randn(8, in_channels, 28, 28, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
+    w = (torch.randn(out_channels, in_channels, kernel, kernel, device="cuda") / (in_channels * kernel**2) ** 0.5).to(dtype)
+    w, b = w.contiguous(memory_format=torch.channels_last), torch.randn(out_channels, device="cuda").to(dtype)
+    ref = F.conv2d(x.double(), w.double(), b.double(), stride, pad)
+    z = torch.randn(ref.shape, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last) if residual else None
+    ref = (ref if z is None else ref + z.double()).relu()
+    call = lambda: conv.conv_relu(x, w, b, z, [stride] * 2, [pad] * 2, [1, 1])  # noqa: E731
+    with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=False):
+        out = call()
+        assert ("aten::cudnn_convolution_add_relu" if residual else "aten::cudnn_convolution_relu") in ops_of(call)
+    assert ((out - ref).norm() / ref.norm()) < LIMITS[dtype]
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("batch", [(512,), (4, 128), (1,)])
+def test_linear_layers(dtype, batch):
+    x, w, b = (torch.randn(*s, device="cuda").to(dtype) for s in ((*batch, 256), (1024, 256), (1024,)))
+    ref = F.gelu(F.linear(x.double(), w.double(), b.double()), approximate="tanh")
+    out = linear_gelu.linear_gelu(x, w, b)
+    assert ((out - ref).norm() / ref.norm()) < LIMITS[dtype]
+    assert out.shape == ref.shape
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiler_takes_them_whole(mode):
+    from gpuopt.converters.rewrites import fuse_conv, gelu_epilogue
+
+    channels, wide = 32, torch.nn.GELU("tanh")
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(8, channels, 3, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(channels, 64),
+        wide,
+    ).eval()
+    x = torch.randn(4, 8, 16, 16)
+    ref = module.double()(x.double())
+    fuse_conv.apply(module, None, None)
+    gelu_epilogue.apply(module, "tanh", None)
+    module = module.to("cuda", torch.float16).to(memory_format=torch.channels_last)
+    run = torch.compile(module, fullgraph=True, mode=mode)
+    with torch.no_grad():
+        for _ in range(3):
+            out = run(x.to("cuda", torch.float16).contiguous(memory_format=torch.channels_last))
+    assert ((out.cpu() - ref).norm() / ref.norm()) < 5e-3
