@@ -10,10 +10,10 @@ from gpuopt.cli import search_options as so
 
 def optimize(
     model: o.ModelArg,
-    output: so.SearchOutputOpt = None,
     goal: so.GoalOpt = "latency",
     latency_budget: so.LatencyBudgetOpt = None,
     max_memory: so.MaxMemoryOpt = None,
+    output: so.SearchOutputOpt = None,
     time_budget: so.TimeBudgetOpt = None,
     dry_run: so.DryRunOpt = False,
     resume: so.ResumeOpt = False,
@@ -119,8 +119,12 @@ def _rewrites(texts: Sequence[str] | None) -> tuple[str, ...] | None:
 
 
 def _backends(texts: Sequence[str] | None) -> tuple[str, ...]:
-    """As typed, each of which names a backend."""
+    """As typed, each of which names a backend: a search would otherwise try a name that there is none of, and call it a failure."""
+    from gpuopt.backends import BACKENDS, listed
     from gpuopt.cli import request as r
+    from gpuopt.core.errors import UsageError
 
-    r.backends(texts, preset=None, option=None)
+    for spec in r.backends(texts, preset=None, option=None):
+        if spec.name not in BACKENDS:
+            raise UsageError(f"no backend is called {spec.name[:60]!r}", fix=f"one of: {', '.join(listed())}")
     return tuple(texts or ())

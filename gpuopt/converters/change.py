@@ -58,7 +58,7 @@ def _module(model: Model, to: Precision | None, transforms: Transforms, inputs: 
     if transforms.fold_batch_norm:
         notes.append(folding.fold(module, inputs))
     for text in transforms.rewrites:
-        notes.append(f"{text}: {_rewritten(module, text, inputs, model.name)}")
+        notes.append(_rewritten(module, text, inputs, model.name))
     if casts:
         assert to is not None
         notes += (quantised.quantise if to.is_quantised else precision.cast)(module, to, transforms.keep_fp32)
@@ -69,13 +69,16 @@ def _module(model: Model, to: Precision | None, transforms: Transforms, inputs: 
 
 
 def _rewritten(module: Any, text: str, inputs: Inputs | None, name: str) -> str:
+    """What was done, or raises why it cannot be: either begins with the rewrite as it was asked for, so that a search knows which of several it was."""
     rewrite, setting = rewrites.resolve(text)
     why_not = rewrite.applies(module)
     if why_not is not None:
-        raise Unsupported(f"{text} has nothing to change in {name}: {why_not}", fix=f"leave --rewrite {text} out")
+        raise Unsupported(f"{text}: nothing to change in {name}: {why_not}", fix=f"leave --rewrite {text} out")
     given = precision.cast_inputs(inputs, module) if inputs is not None else None
-    note: str = rewrite.apply(module, setting, given)
-    return note
+    try:
+        return f"{text}: {rewrite.apply(module, setting, given)}"
+    except Unsupported as error:
+        raise Unsupported(f"{text}: {error.message}", fix=error.fix) from error
 
 
 def _torchscript(model: Model, to: Precision | None, transforms: Transforms, inputs: Inputs | None) -> Model:

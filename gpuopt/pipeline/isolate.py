@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from gpuopt.core import codec
 from gpuopt.core.errors import GpuoptError, OutOfMemory, ResourceError, TimedOut, error_types
 from gpuopt.core.result import Status
+from gpuopt.pipeline import commons
 from gpuopt.pipeline.facts import Failure
 
 T = TypeVar("T")
@@ -219,7 +220,7 @@ class Child:
 
 
 def child_environment() -> dict[str, str]:
-    """Variables a child gets: a private compiler cache, and no surprises from the terminal."""
+    """Variables a child gets: a private compiler cache, a folder shared with the command's other children, and no surprises from the terminal."""
     cache = cache_root() / "inductor"
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     values = {
@@ -232,6 +233,7 @@ def child_environment() -> dict[str, str]:
         "AOTI_RUNTIME_CHECK_INPUTS": "1",
         "ORT_DISABLE_TELEMETRY": "1",  # its Linux wheels write a device id and a database into the user's cache, and send events
         "KINETO_LOG_LEVEL": "99",  # its notices would fill the tail of stderr that reasons are taken from
+        **commons.environment(cache_root()),
     }
     return values
 

@@ -21,7 +21,7 @@ from gpuopt.core import codec
 from gpuopt.core.errors import BadInput, ResourceError, UsageError
 from gpuopt.core.result import Run
 from gpuopt.core.search import Screened
-from gpuopt.pipeline.search import Answer, Explained, Finalists, Mended
+from gpuopt.pipeline.questions import Answer, Explained, Finalists, Mended
 
 VERSION = 1
 HEAD = b'{"fingerprint": '

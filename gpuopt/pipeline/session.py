@@ -45,6 +45,7 @@ from gpuopt.pipeline import (
     packs,
     probing,
     profiles,
+    references,
     route,
     sensitivity,
     stress,
@@ -368,7 +369,7 @@ class Session:
         limits: Tolerance,
     ) -> Any:
         with verification.exact_math():
-            twins = verification.eager_outputs(model, Precision.FP32, batches, candidate.device)
+            twins = references.Shared(candidate.model, model, batches, candidate.device).eager_outputs(Precision.FP32)
             runner, _ = self._construct(candidate, model, Precision.FP32)
             try:
                 outputs = verification.runner_outputs(runner, batches, torch.float32, candidate.device).outputs
@@ -421,8 +422,8 @@ class Session:
         if model.form in ("onnx", "torchscript"):
             found = verification.reference_of_file(model, batches, required=required)
             return found, verification.Twin(outputs=found.outputs, refused=found.refused)
-        reference = verification.reference(model, batches, device, required=required)
-        return reference, verification.twin(model, self._precision, batches, device, required=required)
+        shared = references.Shared(self._loaded()[0].model, model, batches, device, required=required)
+        return shared.reference(), shared.twin(self._precision)
 
     def _verify_pack(self, tolerance: Tolerance) -> Accuracy:
         """A bundle against the reference outputs it carries."""

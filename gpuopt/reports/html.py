@@ -186,6 +186,7 @@ def _sections(report: Report, shown: Page) -> list[_Section]:
     """The page's blocks under the pictures they belong to; what is not known here stays a section of its own, in its place."""
     first = {
         "verdict": "Before and after",
+        "search": "What was tried",
         "devices": "Devices",
         "findings": "Findings",
         "time": "Where the time goes",
@@ -204,6 +205,7 @@ def _sections(report: Report, shown: Page) -> list[_Section]:
             (blocks[home] if home in blocks else machine if home == "machine" else rest).append(block)
     has = {
         "verdict": False,
+        "search": False,
         "devices": bool(crossing.svg(report)),
         "findings": bool(report.findings and strips.findings(report)),
         "time": strips.falls(report) is not None,
@@ -215,6 +217,9 @@ def _sections(report: Report, shown: Page) -> list[_Section]:
     titles = {**first, "curves": "Over sizes"}
     if not any(run.roofline for run in report.runs):  # runs as points explain the times, so they follow them
         titles["roofline"] = titles.pop("roofline")
+    if report.search is not None:  # the finalists are the answer; the trace is the input's, and says so
+        titles = {name: titles[name] for name in ("verdict", "search", "speed", *titles)}
+        titles["time"] += " in the model as it is"
     sections = [
         _Section(id=name, title=titles[name], figure=name if has[name] else "", blocks=tuple(blocks[name]))
         for name in titles
@@ -271,6 +276,9 @@ _HOMES = (
     ("No result", "speed"),
     ("Where the difference lies", "time"),
     ("Before and after", "verdict"),
+    ("What was tried", "search"),
+    ("What failed", "search"),
+    ("What it cost", "search"),
     ("Inputs", "machine"),
     ("Device", "machine"),
     ("Ceilings", "machine"),

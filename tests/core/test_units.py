@@ -19,6 +19,7 @@ from gpuopt.core.errors import UsageError
         ("1.5s", 1.5),
         ("2", 2.0),
         ("2min", 120.0),
+        ("10m", 600.0),
         ("250 us", 250e-6),
         ("3µs", 3e-6),
         ("5ns", 5e-9),

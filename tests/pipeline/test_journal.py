@@ -22,7 +22,7 @@ from gpuopt.core.search import Screened, Timed
 from gpuopt.core.spec import Change
 from gpuopt.pipeline import journal, tune
 from gpuopt.pipeline.journal import Header, Journal
-from gpuopt.pipeline.search import Explained, Finalists, Proposal
+from gpuopt.pipeline.questions import Explained, Finalists, Proposal
 
 HEADER = Header(search="abc", fingerprint={"device": "H200", "torch": "2.11"})
 RUN = Run(model="m", backend="eager", status=Status.OK, notes=("two\nlines",))

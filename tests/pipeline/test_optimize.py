@@ -349,8 +349,7 @@ def test_an_interrupted_search_leaves_the_best_so_far_and_nothing_running(
 def test_ctrl_c_writes_the_best_so_far_from_a_child_that_was_in_the_middle_of_something(
     local: Any, tools: Any, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gpuopt.pipeline import jobs
-    from gpuopt.pipeline import optimize as searching
+    from gpuopt.pipeline import jobs, race
 
     def interrupt(*_: Any) -> Any:
         raise KeyboardInterrupt
@@ -358,7 +357,7 @@ def test_ctrl_c_writes_the_best_so_far_from_a_child_that_was_in_the_middle_of_so
     watcher = tools.Watcher()
     job = asked(tools, models("net"), "null:sleep_ms=2", output=str(tmp_path / "o"))
     with monkeypatch.context() as patched:
-        patched.setattr(searching._Bench, "_timed", interrupt)
+        patched.setattr(race, "raced", interrupt)
         with pytest.raises(KeyboardInterrupt):
             optimize(job, watcher)
     assert any("holds the best so far" in text for text in watcher.warnings), watcher.warnings
@@ -373,12 +372,12 @@ def test_ctrl_c_before_anything_was_better_writes_nothing(
     local: Any, tools: Any, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watcher = tools.Watcher()
-    from gpuopt.pipeline import optimize as searching
+    from gpuopt.pipeline import explaining
 
     def interrupt(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(searching._Bench, "_explained", interrupt)
+    monkeypatch.setattr(explaining, "explained", interrupt)
     with pytest.raises(KeyboardInterrupt):
         optimize(asked(tools, models("net"), "null:sleep_ms=2", output=str(tmp_path / "o")), watcher)
     assert not (tmp_path / "o").exists() and any("no bundle was written" in text for text in watcher.warnings)

@@ -15,10 +15,14 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from gpuopt.core.search import SearchSpec, Trial
+from gpuopt.core.search import Screened, SearchSpec, Trial
 from gpuopt.core.spec import Candidate, Change, Precision
 from gpuopt.pipeline import predict, tune
-from gpuopt.pipeline.search import GOOD, Explain, Explained, Finals, Proposal, Screen, knee, pareto, search
+from gpuopt.pipeline.books import GOOD, Books
+from gpuopt.pipeline.frontier import knee, pareto
+from gpuopt.pipeline.questions import Explain, Explained, Finals, Proposal, Screen
+from gpuopt.pipeline.screening import screen
+from gpuopt.pipeline.search import search
 
 _spec = importlib.util.spec_from_file_location("pipeline_worlds", Path(__file__).with_name("worlds.py"))
 assert _spec is not None and _spec.loader is not None
@@ -348,6 +352,41 @@ def test_a_rewrite_that_cannot_be_made_is_banned_and_the_rest_is_planned_without
     assert made.candidate(found.choice.key).transforms.rewrites == ("fuse_linears",)
     assert sum(fails(c) is not None for c in made.screens()) <= 3
     assert any(t.outcome == "pruned" and "no_mask" in t.reason for t in found.trials)
+
+
+@pytest.mark.parametrize("backends", [("eager", "inductor"), ("inductor", "cudagraphs")])
+def test_a_reason_that_names_a_rewrite_bans_that_one_without_trying_each_alone(backends: tuple[str, ...]) -> None:
+    def fails(candidate: Candidate) -> str | None:
+        return "unsupported" if "attention:cudnn" in candidate.transforms.rewrites else None
+
+    made = world(
+        {"fuse_linears": 0.6, "attention:cudnn": 0.1},
+        fails=fails,
+        why=lambda c: "attention:cudnn: heads of one width are wanted" if fails(c) else "",
+        facts=tune.Facts(wall_ms=20.0, on_gpu=True, batch=8, rewrites={"fuse_linears": "", "attention:cudnn": ""}),
+    )
+    found = made.found(
+        SearchSpec(**{**NARROW, "backends": backends, "precisions": ("fp32",), "rewrites": ("fuse_linears", "attention:cudnn")})
+    )
+    assert found.choice is not None
+    assert made.candidate(found.choice.key).transforms.rewrites == ("fuse_linears",)
+    assert sum(fails(c) is not None for c in made.screens()) <= 1
+    assert not any(t.origin == "rewrite alone" for t in found.trials)
+    assert any(t.outcome == "pruned" and t.reason.startswith("attention:cudnn: ") for t in found.trials)
+
+
+def test_a_reason_that_names_a_rewrite_which_worked_elsewhere_bans_nothing() -> None:
+    books = Books(w.BASE, SearchSpec())
+    for backend, answer in (
+        ("inductor", Screened(status="ok", ms=10.0)),
+        ("eager", Screened(status="unsupported", reason="no_mask: nothing to change")),
+    ):
+        waiting = books.plan(w.plain("cudagraphs", rewrites=("no_mask",)), "space")
+        steps = screen(books, w.plain(backend, rewrites=("no_mask",)), "space")
+        next(steps)
+        with pytest.raises(StopIteration):
+            steps.send(answer)
+    assert books.trials[waiting].outcome == "planned"
 
 
 def test_a_rewrite_that_one_precision_rules_out_stays_for_the_others() -> None:

@@ -15,7 +15,8 @@ from gpuopt.core.result import Status
 from gpuopt.core.search import Screened, Search, SearchSpec, Timed
 from gpuopt.core.spec import BackendSpec, Candidate, ModelRef, Precision, Transforms
 from gpuopt.pipeline import tune
-from gpuopt.pipeline.search import Answer, Ask, Explain, Explained, Finalists, Finals, Mend, Mended, Proposal, Screen, search
+from gpuopt.pipeline.questions import Answer, Ask, Explain, Explained, Finalists, Finals, Mend, Mended, Proposal, Screen
+from gpuopt.pipeline.search import search
 
 BASE = Candidate(model=ModelRef(text="model.pt"), dims={"N": 8}, device="cuda:0")
 
@@ -32,6 +33,8 @@ class World:
     """Of a screening, in log time; a finalist's is a tenth of it."""
     fails: Callable[[Candidate], str | None] = lambda candidate: None
     """Status of a candidate that breaks while it is screened."""
+    why: Callable[[Candidate], str] = lambda candidate: ""
+    """And what it says of it."""
     fails_late: Callable[[Candidate], str | None] = lambda candidate: None
     """Of one that passes screening and breaks in full verification."""
     peak: Callable[[Candidate], int | None] = lambda candidate: None
@@ -66,7 +69,7 @@ class World:
         candidate = question.candidate
         status = self.fails(candidate)
         if status is not None:
-            return Screened(status=status, reason=f"made up: {status}", seconds=self.seconds(candidate, stops=True))
+            return Screened(status=status, reason=self.why(candidate) or f"made up: {status}", seconds=self.seconds(candidate, stops=True))
         ms, peak = self.measured_ms(candidate, "screen", self.noise), self.peak(candidate)
         seconds = self.seconds(candidate)
         if question.limit_ms is not None and ms > question.limit_ms:

@@ -7,11 +7,15 @@ from dataclasses import replace
 from gpuopt.core.result import Report
 from gpuopt.core.search import Economics, Search, Trial
 from gpuopt.reports import figures as f
-from gpuopt.reports.content.blocks import Block, Cell, Column, Facts, Message, Table
+from gpuopt.reports.content.blocks import Block, Cell, Column, Facts, Message, Messages, Table
 from gpuopt.reports.figures import clean
 
 SHOWN = 24
 """Trials in the table; the report holds all."""
+REASONS = 8
+"""Different reasons of failure that are told in full."""
+_AS_IS = "as is "
+"""How a label begins that keeps the input's precision."""
 _TONES = {"chosen": "good", "finalist": "strong", "screened": "", "slower": "dim", "pruned": "dim", "planned": "dim"}
 
 
@@ -20,19 +24,33 @@ def headline(report: Report) -> list[Message]:
     found = report.search
     if found is None:
         return []
+    others = [t for t in found.trials if t.origin != "input"]
+    if others and all(t.outcome == "planned" for t in others):
+        return [Message("info", _plan(found, others))]
     lines = []
     if found.choice is None:
         lines.append(Message("error", clean(found.stopped, 300)))
     elif found.choice.keeps_input:
         lines.append(Message("info", clean(found.choice.because, 400)))
     else:
-        lines.append(Message("good", clean(f"{found.choice.change}: {found.choice.because}", 400)))
-    lost = [t for t in found.trials if t.seconds is not None and t.outcome not in (*_TONES, "over budget")]
+        lines.append(Message("good", clean(f"{found.choice.change.removeprefix(_AS_IS)}: {found.choice.because}", 400)))
+    lost = _failed(found)
     tried = sum(t.seconds is not None for t in found.trials)
     if found.choice is not None:
-        out = f"; {len(lost)} of them failed, each with its reason below" if lost else ""
-        lines.append(Message("info", f"{tried} candidates tried of {len(found.trials)}{out}; {clean(found.stopped, 200)}"))
+        out = f"; {len(lost)} of them failed (What failed says why)" if lost else ""
+        lines.append(
+            Message("info", f"{tried} candidate{'s' * (tried != 1)} tried of {len(found.trials)}{out}; {clean(found.stopped, 200)}")
+        )
     return lines
+
+
+def _plan(found: Search, planned: list[Trial]) -> str:
+    """What a search would begin with; nothing was built, so nothing can be kept or chosen."""
+    best = min((t for t in planned if t.predicted_ms is not None), key=lambda t: t.predicted_ms or 0.0, default=None)
+    now = next((t.time_ms for t in found.trials if t.origin == "input"), None)
+    against = f" against {f.ms(now)} as it is" if now else ""
+    hope = f", {_name(best)} the fastest by expectation: {f.ms(best.predicted_ms)}{against}" if best and best.predicted_ms else ""
+    return clean(f"a plan of {len(planned)} candidates{hope}; nothing was built but the input", 400)
 
 
 def finalists(report: Report) -> Report:
@@ -50,49 +68,77 @@ def build(report: Report) -> list[Block]:
     found = report.search
     if found is None:
         return []
-    blocks: list[Block] = [_trials(found)]
+    blocks: list[Block] = [_trials(found), *_reasons(found)]
     if found.economics is not None:
         blocks.append(_economics(found, found.economics))
     return blocks
 
 
+def _failed(found: Search) -> list[Trial]:
+    return [t for t in found.trials if t.seconds is not None and t.outcome not in (*_TONES, "over budget")]
+
+
+def _reasons(found: Search) -> list[Block]:
+    """Why candidates failed, in full: a table has no room for it, and what failed together is told once."""
+    told: dict[str, list[str]] = {}
+    for trial in _failed(found):
+        told.setdefault(f"{trial.outcome.replace('_', ' ')}: {trial.reason}", []).append(_name(trial))
+    items = [Message("warning", clean(f"{', '.join(names)}: {reason}", 500)) for reason, names in told.items()]
+    more = [Message("info", f"{len(items) - REASONS} more reasons are in the report (--json)")] if len(items) > REASONS else []
+    return [Messages(title="What failed", items=(*items[:REASONS], *more))] if items else []
+
+
+def _name(trial: Trial) -> str:
+    """Without the words for a precision that nobody changed."""
+    own = trial.label.removeprefix(_AS_IS)
+    return f"{own} (as it is)" if trial.origin == "input" else own
+
+
 def _trials(found: Search) -> Table:
-    shown = found.trials[:SHOWN]
+    """What was tried, or all of a plan: what no figure spoke for is counted below."""
+    tried = [t for t in found.trials if t.seconds is not None or t.outcome not in ("pruned", "planned")]
+    is_plan = len(tried) < 2
+    rows_of = list(found.trials) if is_plan else tried
+    shown = rows_of[:SHOWN]
     many_batches = len({t.batch for t in found.trials if t.time_ms}) > 1 or found.goal == "throughput"
+    has_origins = any(t.origin not in ("input", "space") for t in shown)
+    has_reasons = any(t.reason for t in shown)
     columns = [
         Column("candidate", shrinks=24),
-        Column("from", spare=4),
+        *([Column("from", spare=4)] if has_origins else []),
         Column("expected", right=True, spare=2),
         Column("screened", right=True),
         Column("in pairs", right=True, spare=3),
         *([Column("samples/s", right=True, spare=5)] if many_batches else []),
         Column("outcome"),
-        Column("why", spare=6, shrinks=20),
+        *([Column("why", spare=6, shrinks=20)] if has_reasons else []),
     ]
     rows = []
     for trial in shown:
         tone = _TONES.get(trial.outcome, "bad")
         rows.append(
             (
-                Cell(clean(trial.label, 100), "strong" if trial.outcome == "chosen" else ""),
-                Cell(clean(trial.origin, 20), "dim"),
+                Cell(clean(_name(trial), 100), "strong" if trial.outcome == "chosen" else ""),
+                *([Cell(clean(trial.origin, 20), "dim")] if has_origins else []),
                 Cell(_expected(trial), "dim"),
                 Cell(f.ms(trial.screened_ms) if trial.screened_ms else f.MISSING),
                 Cell(f.ms(trial.measured_ms) if trial.measured_ms else f.MISSING),
                 *([Cell(f.rate(trial.samples_per_s) if trial.samples_per_s else f.MISSING)] if many_batches else []),
                 Cell(clean(trial.outcome.replace("_", " "), 30), tone),
-                Cell(clean(trial.reason, 160), "dim"),
+                *([Cell(clean(trial.reason, 160), "dim")] if has_reasons else []),
             )
         )
     notes = ["expected: before it was built, from the roofline and from what was measured until then"]
     if found.prediction_error is not None:
         notes.append(f"median miss of what was expected: {f.share(found.prediction_error)}")
-    if len(found.trials) > SHOWN:
-        notes.append(f"{len(found.trials) - SHOWN} more that were not tried are in the report (--json)")
+    if len(found.trials) > len(shown):
+        untried = f", {len(found.trials) - len(tried)} of them not tried" if not is_plan and len(tried) > len(shown) else ""
+        said = "more are in the report (--json)" if is_plan or untried else "more were not tried, the report (--json) says why"
+        notes.append(f"{len(found.trials) - len(shown)} {said}{untried}")
     if found.resumed:
         notes.append(f"{found.resumed} answers came from the journal")
     if len(found.pareto) > 1:
-        labels = {t.key: t.label for t in found.trials}
+        labels = {t.key: _name(t) for t in found.trials}
         knee = f"; the knee is {clean(labels.get(found.knee, ''), 80)}" if found.knee else ""
         notes.append(f"latency against throughput: {len(found.pareto)} candidates that no other beats in both{knee}")
     return Table(title="What was tried", columns=tuple(columns), rows=tuple(rows), notes=tuple(notes))
@@ -112,6 +158,8 @@ def _economics(found: Search, cost: Economics) -> Facts:
             rows.append((name, Cell(text)))
 
     row("search", f.seconds(found.seconds) + "".join(f", {clean(k)} {f.seconds(v)}" for k, v in found.by_phase_s.items()))
+    if found.choice is not None and found.choice.keeps_input:  # nothing new has to be built
+        return Facts(title="What it cost", rows=tuple(rows))
     row("build", f.seconds(cost.build_s) if cost.build_s is not None else None)
     row("build memory", f.memory(cost.build_peak_host_bytes) + " of host memory" if cost.build_peak_host_bytes else None)
     row("cold start", f.seconds(cost.cold_start_s) if cost.cold_start_s is not None else None)

@@ -88,9 +88,20 @@ def test_rewrites_come_after_eval_and_folding_and_before_the_cast(made_up: list[
 
 def test_what_cannot_be_changed_says_why() -> None:
     model = Model(form="module", name="net", module=nn.Linear(2, 2), dtype="float32")
-    with pytest.raises(Unsupported, match="no_mask has nothing to change in net: it is no transformers model") as caught:
+    with pytest.raises(Unsupported, match="^no_mask: nothing to change in net: it is no transformers model") as caught:
         apply(model, None, Transforms(rewrites=("no_mask",)))
     assert caught.value.fix == "leave --rewrite no_mask out"
+
+
+def test_of_several_the_one_that_cannot_be_made_is_named(made_up: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(module: nn.Module, setting: str | None, inputs: Inputs | None) -> str:
+        raise Unsupported("it cannot be seen", fix="give it inputs")
+
+    monkeypatch.setattr(sys.modules["made_up_rewrite"], "apply", refuses)
+    model = Model(form="module", name="net", module=nn.Sequential(nn.Linear(2, 2)), dtype="float32")
+    with pytest.raises(Unsupported, match="^widen:twice: it cannot be seen$") as caught:
+        apply(model, None, Transforms(rewrites=("widen:twice", "no_mask")))
+    assert caught.value.fix == "give it inputs"
 
 
 @pytest.mark.parametrize("form", ["torchscript", "exported", "onnx"])

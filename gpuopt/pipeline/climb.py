@@ -1,0 +1,71 @@
+"""What is planned -> trials: the candidate with the most expected gain a second next, until nothing left is likely to be better or a budget is spent. Pure."""
+
+from __future__ import annotations
+
+from statistics import fmean
+
+from gpuopt.pipeline import tune
+from gpuopt.pipeline.books import Books, at
+from gpuopt.pipeline.questions import Asking
+from gpuopt.pipeline.screening import screen
+
+MIN_CHANCE = 0.05
+"""A candidate less likely than this to work and to beat the best by `min_gain` is not built."""
+WORTH = 0.003
+"""Nor one that is not expected to gain this much (misses count as nothing) if it takes as long as a candidate takes on average; in proportion if it takes more or less."""
+
+
+def plan(books: Books) -> None:
+    """Take the whole space into the books, with what is expected of each."""
+    spec, base = books.spec, books.base
+    for candidate in tune.space(base, books.facts, backends=spec.backends, precisions=spec.precisions, rewrites=spec.rewrites):
+        for batch in spec.batches or (None,):
+            books.plan(candidate if batch is None else at(candidate, batch), "space")
+    for key, trial in books.trials.items():
+        if trial.outcome == "planned":
+            books.predict(key)
+
+
+def climb(books: Books) -> Asking[None]:
+    """Try what is planned; says in `stopped` why it ends."""
+    while True:
+        if books.over_time():
+            books.stopped = f"the time budget of {books.spec.time_budget_s:g} s is spent"
+            return
+        if books.tried() >= books.spec.max_trials:
+            books.stopped = f"{books.spec.max_trials} candidates were tried"
+            return
+        key = _next(books)
+        if key is None:
+            books.stopped = books.stopped or f"nothing left is likely to beat the best by {books.spec.min_gain:.0%}"
+            return
+        yield from screen(books, books.known[key], books.trials[key].origin)
+
+
+def _next(books: Books) -> str | None:
+    """Closes what cannot win any more."""
+    assert books.predictor is not None
+    best = books.best_cost()
+    wanted = best * (1 - books.spec.min_gain)
+    found: tuple[float, str] | None = None
+    usual_s = fmean(books.seconds(candidate) for candidate in books.known.values())
+    for key, trial in books.trials.items():
+        if trial.outcome != "planned":
+            continue
+        candidate = books.known[key]
+        share = books.share(candidate)
+        bound = tune.bound_ms(candidate, books.facts)
+        if bound is not None and bound / share > best:
+            books.close(key, "pruned", f"its floor of {bound / share:.4g} ms is above the best, {best:.4g} ms")
+            continue
+        expected, works = books.predictor.expect(candidate), books.predictor.chance_ok(candidate)
+        gain = works * expected.expected_gain(wanted * share)
+        seconds = books.seconds(candidate)
+        if works * expected.chance_below(wanted * share) < MIN_CHANCE or gain < WORTH * seconds / usual_s:
+            continue  # not closed: a later measurement may raise its chances
+        if books.spec.time_budget_s is not None and books.spent_s + seconds > books.spec.time_budget_s:
+            continue  # something quicker may still fit
+        gain /= seconds
+        if found is None or gain > found[0]:
+            found = (gain, key)
+    return found[1] if found else None

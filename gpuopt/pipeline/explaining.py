@@ -1,0 +1,105 @@
+"""A candidate -> what a search learns from tracing it (the facts the others are predicted from, the changes the doctor proposes), and what must stay in fp32 in one
+that is inaccurate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gpuopt.core.result import Run, Sensitivity, Status
+from gpuopt.core.spec import Candidate, Job, Precision
+from gpuopt.pipeline import facts, seats, tune
+from gpuopt.pipeline import machine as machines
+from gpuopt.pipeline.crew import Crew
+from gpuopt.pipeline.isolate import ChildFailed
+from gpuopt.pipeline.questions import Explained, Mended, Proposal
+from gpuopt.pipeline.seats import Seat, diagnose, loaded, measured, profiled
+from gpuopt.pipeline.traits import Traits
+
+MEND_S = 120.0
+"""For the search of modules that have to stay in fp32."""
+
+
+def explained(crew: Crew, candidate: Candidate) -> tuple[Explained, Run]:
+    """Without the seconds it took. What could not be traced says why; its child ends, because a profiler that ran once slows what comes after it."""
+    seat = crew.seat(candidate).seat
+    job = replace(crew.job, bench=replace(crew.job.bench, max_time_s=min(2.0, crew.job.bench.max_time_s), energy_s=0.0))
+    seat.step(lambda s: measured(s, job, crew.machine))
+    timed = seat.run
+    seat.step(lambda s: crew.machine.judged(lambda device: profiled(s, job, device)))
+    proposals = _proposals(crew, seat, job) if seat.ok else ()
+    reason = "" if seat.ok else seat.run.reason
+    found: tune.Facts | None = None
+    if candidate == crew.base and timed.status is Status.OK and timed.latency_ms is not None:
+        found = _facts(crew, seat.run, timed)
+    run = seat.run if seat.ok else timed
+    crew.dismiss(tune.key(candidate))
+    return Explained(facts=found, proposals=proposals, reason=reason), run
+
+
+def mended(crew: Crew, candidate: Candidate) -> Mended:
+    """Without the seconds it took. In a child of its own that builds nothing: copies of the model are cast, with more and more of it kept."""
+    with seats.seated(candidate, replace(crew.job, candidates=(candidate,)), crew.progress) as seat:
+        try:
+            seat.step(loaded)
+            if not seat.ok:
+                return Mended(note=seat.run.reason)
+            found = seat.ask("sensitivity", Sensitivity, tolerance=crew.job.tolerance, seconds=MEND_S)
+        except ChildFailed as failure:
+            return Mended(note=f"no set of modules to keep was looked for: {failure.reason}")
+    return Mended(kept=found.kept, note=found.note)
+
+
+def _proposals(crew: Crew, seat: Seat, job: Job) -> tuple[Proposal, ...]:
+    try:
+        return tuple(
+            Proposal(change=f.change, origin=f.code, gain_low_ms=f.gain_low_ms or 0.0, gain_high_ms=f.gain_high_ms or 0.0)
+            for f in diagnose(seat, job, crew.machine)
+            if f.change is not None
+        )
+    except ChildFailed as failure:
+        crew.progress.warn(f"no proposals of the doctor: {failure.reason}")
+        return ()
+
+
+def _facts(crew: Crew, traced: Run, timed: Run) -> tune.Facts:
+    """Of the input. `timed`: its run before it was traced."""
+    device = crew.machine.device
+    assert timed.latency_ms is not None
+    traits, cannot = _surroundings(crew)
+    own = Precision(timed.precision) if timed.precision else Precision.FP32
+    bounds, floors = {}, {}
+    if traced.bounds is not None:
+        bounds = {own.value: traced.bounds.unfused_ms} | dict(traced.bounds.by_precision)
+        floors = {own.value: traced.bounds.fused_ms} | dict(traced.bounds.fused_by_precision)
+    waits = 0.0
+    if traced.waterfall is not None:
+        waits = traced.waterfall.idle_ms + (traced.waterfall.ms("python and framework") if device.kind == "cpu" else 0.0)
+    return tune.Facts(
+        wall_ms=timed.latency_ms.median,
+        idle_ms=min(waits, timed.latency_ms.median),
+        own=own,
+        on_gpu=device.kind == "cuda",
+        batch=timed.batch or 1,
+        bounds_ms={k: v for k, v in bounds.items() if v},
+        floors_ms={k: v for k, v in floors.items() if v},
+        has_batch_norm=traits.has_batch_norm,
+        has_convolutions=traits.has_convolutions,
+        has_products=traits.has_products,
+        rewrites=traits.rewrites,
+        cannot=cannot,
+        peak_bytes=timed.peak_bytes,
+        memory_bytes=device.memory_bytes,
+    )
+
+
+def _surroundings(crew: Crew) -> tuple[Traits, dict[str, str]]:
+    """What kinds of layers the model has, and what the matrix of backends rules out, so that nothing is built to find that out. One child tells both."""
+    with crew.helper() as child:
+        traits = child.call("traits", Traits, timeout_s=crew.job.bench.timeout_s, ref=crew.base.model)
+        matrix = child.call("matrix", facts.Matrix, timeout_s=machines.SURVEY_TIMEOUT_S, device_id=crew.base.device, candidate=crew.base)
+    cannot: dict[str, str] = {}
+    for cell in matrix.cells:
+        if cell.reason or not cell.route:
+            cannot[cell.backend] = cell.reason or "no way from this form"
+        cannot.update({f"{cell.backend}@{p}": why for p, why in cell.precisions.items() if why})
+    return traits, cannot

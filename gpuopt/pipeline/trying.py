@@ -1,0 +1,80 @@
+"""A candidate -> Screened: built in a child, timed in a few short blocks, verified where it could still win. One that fails is a result too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from statistics import median
+
+from gpuopt.core.result import Run, Samples, Status
+from gpuopt.core.search import Screened
+from gpuopt.core.spec import BenchSpec
+from gpuopt.pipeline import facts, figures, pairs, tune
+from gpuopt.pipeline.crew import Crew, Member
+from gpuopt.pipeline.questions import Screen
+from gpuopt.pipeline.seats import Seat
+
+BLOCKS = 3
+"""Short ones; the median of their calls counts."""
+
+
+def tried(crew: Crew, question: Screen) -> tuple[Screened, Run]:
+    """Without the seconds it took. Its child stays alive where it is one of the best so far."""
+    candidate, key = question.candidate, tune.key(question.candidate)
+    member = crew.seat(candidate)
+    seat = member.seat
+    samples = _quick(seat, _short(crew.job.bench)) if seat.ok else None
+    ms = median(samples.samples_ns) / 1e6 if samples is not None and samples.samples_ns else None
+    if not seat.ok or ms is None:
+        return _lost(crew, key, member)
+    seat.sampled = samples or Samples()
+    seat.step(lambda s: _metered(crew, s))
+    peak, run = seat.run.peak_bytes, seat.run
+    if question.limit_ms is not None and ms > question.limit_ms:
+        reason = f"{ms:.4g} ms, and what may be chosen takes less than {question.limit_ms:.4g} ms: not verified"
+        crew.dismiss(key)
+        return Screened(status=Status.SKIPPED, reason=reason, ms=ms, peak_bytes=peak), figures.failed(run, Status.SKIPPED, reason)
+    if candidate != crew.base:
+        crew.prove(member, "off" if crew.job.bench.verify == "off" else "precision")
+    if not seat.ok:
+        return _lost(crew, key, member)
+    member.cost_ms = ms / crew.share(candidate)
+    crew.make_room()
+    return Screened(status=Status.OK, ms=ms, peak_bytes=peak, verified=bool(member.verify)), seat.run
+
+
+def _quick(seat: Seat, spec: BenchSpec) -> Samples | None:
+    """Warm, then a few short blocks."""
+    found: list[Samples] = []
+
+    def blocks(s: Seat) -> Run:
+        s.ask("warm", facts.Measured, spec=spec)
+        found.extend(s.ask("block", facts.Measured, spec=spec).samples for _ in range(BLOCKS))
+        return s.run
+
+    seat.step(blocks)
+    return pairs.joined(found) if seat.ok and found else None
+
+
+def _short(spec: BenchSpec) -> BenchSpec:
+    return replace(
+        spec,
+        warmup_s=min(spec.warmup_s, 0.2),
+        max_warmup_s=min(spec.max_warmup_s, 3.0),
+        block_ms=min(spec.block_ms, 50.0),
+        min_iterations=min(spec.min_iterations, 5),
+    )
+
+
+def _metered(crew: Crew, seat: Seat) -> Run:
+    """Memory, without the second and a half that an energy counter needs, and the figures of the short blocks."""
+    found = seat.ask("meters", facts.Measured, spec=replace(crew.job.bench, energy_s=0.0))
+    found = replace(found, samples=seat.sampled)
+    return crew.machine.judged(lambda device: figures.measured(seat.run, found, device, seat.count))
+
+
+def _lost(crew: Crew, key: str, member: Member) -> tuple[Screened, Run]:
+    run = member.seat.run
+    if member.seat.error is not None:
+        crew.failures[key] = member.seat.error
+    crew.dismiss(key)
+    return Screened(status=run.status.value, reason=run.reason, peak_bytes=run.peak_bytes), run
