@@ -286,6 +286,9 @@ class Loaded:
         self._names = names
         self._keywords = frozenset(names[self._positional :])
 
+    def __repr__(self) -> str:
+        return f"gpuopt.load(...) -> a callable of {', '.join(self._names)}"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run once, without gradients. Inputs may be given by position or by name, however the artifact itself takes them."""
         if len(args) != self._positional or kwargs.keys() != self._keywords:

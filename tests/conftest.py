@@ -6,7 +6,9 @@ import os
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # two workers on two cores: a second thread each would spin while the other waits, and time would be noise
 
 
 @pytest.fixture(autouse=True)

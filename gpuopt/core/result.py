@@ -7,8 +7,8 @@ from enum import StrEnum
 from typing import Any
 
 from gpuopt.core.generation import Generated
-from gpuopt.core.spec import BackendSpec, Change, Precision
 from gpuopt.core.search import Search
+from gpuopt.core.spec import BackendSpec, Change, Precision
 from gpuopt.core.sweep import Sweep
 
 SCHEMA_VERSION = 1

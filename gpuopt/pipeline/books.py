@@ -36,6 +36,8 @@ class Books:
     """Why the search came to an end."""
     peaks: dict[tuple[str, int], int] = field(default_factory=dict)
     """(key of the settings at batch 1, batch) -> peak bytes."""
+    unfitting: int = 0
+    """Planned ones that may be faster, and take longer than what is left of the time budget."""
     finals_failed: bool = False
     """A finalist failed: those called slower on its account are in the race again."""
 

@@ -36,6 +36,9 @@ def climb(books: Books) -> Asking[None]:
             books.stopped = f"{books.spec.max_trials} candidates were tried"
             return
         key = _next(books)
+        if key is None and books.unfitting:
+            books.stopped = f"the time budget of {books.spec.time_budget_s:g} s has no room for the {books.unfitting} left that may be faster: --resume with more"
+            return
         if key is None:
             books.stopped = books.stopped or f"nothing left is likely to beat the best by {books.spec.min_gain:.0%}"
             return
@@ -48,6 +51,7 @@ def _next(books: Books) -> str | None:
     best = books.best_cost()
     wanted = best * (1 - books.spec.min_gain)
     found: tuple[float, str] | None = None
+    books.unfitting = 0
     usual_s = fmean(books.seconds(candidate) for candidate in books.known.values())
     for key, trial in books.trials.items():
         if trial.outcome != "planned":
@@ -64,7 +68,8 @@ def _next(books: Books) -> str | None:
         if works * expected.chance_below(wanted * share) < MIN_CHANCE or gain < WORTH * seconds / usual_s:
             continue  # not closed: a later measurement may raise its chances
         if books.spec.time_budget_s is not None and books.spent_s + seconds > books.spec.time_budget_s:
-            continue  # something quicker may still fit
+            books.unfitting += 1  # something quicker may still fit
+            continue
         gain /= seconds
         if found is None or gain > found[0]:
             found = (gain, key)

@@ -111,7 +111,7 @@ class Crew:
             seat = stack.enter_context(seats.seated(candidate, job, self.progress, hire=self.hire))
             member = Member(seat=seat, stack=stack)
             self.alive[key] = member
-            seat.step(loaded)
+            seat.step(lambda s: loaded(s, "optimize"))
             seat.step(built)
         except BaseException:
             self.alive.pop(key, None)

@@ -9,22 +9,22 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpuopt.bundles import write as bundle_writer
-from gpuopt.core import codec
+from gpuopt.core import codec, units
 from gpuopt.core.errors import UsageError
 from gpuopt.core.progress import Progress, Silent
-from gpuopt.core.result import Report, Run
-from gpuopt.core.search import GOALS, Search, SearchSpec
+from gpuopt.core.result import Report, Run, Status
+from gpuopt.core.search import GOALS, Screened, Search, SearchSpec
 from gpuopt.core.spec import Candidate, Job
 from gpuopt.pipeline import explaining, facts, isolate, jobs, journal, outputs, published, race, reporting, seats, trying, tune
 from gpuopt.pipeline import machine as machines
 from gpuopt.pipeline.crew import Crew, gathered
 from gpuopt.pipeline.isolate import ChildFailed
 from gpuopt.pipeline.machine import Machine
-from gpuopt.pipeline.questions import Answer, Ask, Explain, Finalists, Mend, Screen
+from gpuopt.pipeline.questions import Answer, Ask, Explain, Finalists, Finals, Mend, Screen
 from gpuopt.pipeline.search import search
 from gpuopt.trust import consent
 
@@ -77,14 +77,17 @@ def _searched(crew: Crew, book: journal.Journal) -> Search:
     """Every question answered: out of the journal where it was answered before, else by children, and then it goes into the journal."""
     steps = search(crew.base, crew.job.search)
     answer: Answer | None = None
-    resumed = 0
+    resumed, best = 0, _Best()
+    crew.progress.start("search", "searching")
     while True:
         try:
             question = next(steps) if answer is None else steps.send(answer)
         except StopIteration as ended:
             found: Search = ended.value
+            crew.progress.done("search", best.note)
             return replace(found, resumed=resumed)
         crew.learn(question)
+        crew.progress.update("search", None, f"{best.note}; now {_doing(question, crew.base)}")
         line = book.get(question.key)
         if line is None:
             answer, runs = _answered(crew, question)
@@ -94,7 +97,37 @@ def _searched(crew: Crew, book: journal.Journal) -> Search:
             resumed += 1
         crew.keep(runs)
         crew.hear(question, answer)
+        best.hear(question, answer, crew.base)
         crew.progress.so_far(_report(crew, None))
+
+
+@dataclass(slots=True)
+class _Best:
+    """For whoever watches: how many were tried, and the fastest that passed the gates."""
+
+    tried: int = 0
+    ms: float | None = None
+    words: str = ""
+
+    @property
+    def note(self) -> str:
+        known = f", best {units.format_seconds(self.ms / 1e3)} a call: {self.words}" if self.ms is not None else ""
+        return f"{self.tried} tried{known}"
+
+    def hear(self, question: Ask, answer: Answer, base: Candidate) -> None:
+        if not isinstance(question, Screen) or not isinstance(answer, Screened):
+            return
+        self.tried += 1
+        per_call = answer.ms if answer.status == Status.OK else None
+        if per_call is not None and (self.ms is None or per_call < self.ms):
+            self.ms, self.words = per_call, tune.words(question.candidate, base)
+
+
+def _doing(question: Ask, base: Candidate) -> str:
+    if isinstance(question, Finals):
+        return f"the finals of {len(question.candidates)}"
+    verb = {Screen: "trying", Explain: "tracing", Mend: "looking for what must stay in fp32 in"}[type(question)]
+    return f"{verb} {tune.words(question.candidate, base)}"
 
 
 def _answered(crew: Crew, question: Ask) -> tuple[Answer, Mapping[str, Run]]:

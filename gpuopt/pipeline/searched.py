@@ -36,6 +36,10 @@ class Optimized:
     notes: tuple[str, ...] = ()
     """What the search warned of."""
 
+    def __repr__(self) -> str:
+        choice = self.search.choice
+        return f"gpuopt.optimize(...): {choice.because if choice is not None else self.search.stopped}"
+
     @property
     def search(self) -> Search:
         """Its account."""

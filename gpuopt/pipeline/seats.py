@@ -161,7 +161,7 @@ def prepare(seat: Seat, job: Job, *, build_only: bool = False, traced: bool = Fa
 def loaded(seat: Seat, verb: str = "") -> Run:
     """Open the model. `verb`: what is to become of it, where some forms have nothing more to give."""
     found = seat.ask("load", facts.Loaded, candidate=seat.candidate)
-    if found.form == "bundle" and verb in ("compile", "convert"):
+    if found.form == "bundle" and verb in ("compile", "convert", "optimize"):
         raise UsageError(f"{found.name} is a bundle, built for {found.bundle_backend} already", fix=f"{verb} the model it was built from")
     if found.form == "onnx" and verb == "convert":
         raise Unsupported(f"{found.name} is an ONNX file, and convert changes PyTorch models", fix="convert the model it was exported from")

@@ -256,7 +256,7 @@ def bound_ms(candidate: Candidate, facts: Facts) -> float | None:
 
 def words(candidate: Candidate, base: Candidate | None = None) -> str:
     """Its settings in a line; dimensions where they differ from `base`."""
-    parts = [candidate.precision.value if candidate.precision else "as is", str(candidate.backend)]
+    parts = [*([candidate.precision.value] if candidate.precision else []), str(candidate.backend)]
     parts += [f"{k}={v}" for k, v in candidate.backend.options.items()]
     parts += [n for n in ("channels_last", "fold_batch_norm") if getattr(candidate.transforms, n)]
     parts += list(candidate.transforms.rewrites)

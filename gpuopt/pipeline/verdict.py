@@ -118,7 +118,7 @@ def _within(spec: SearchSpec, timed: Timed) -> bool:
     """It keeps to the budgets."""
     if spec.latency_budget_ms is not None and (timed.ms or math.inf) > spec.latency_budget_ms:
         return False
-    return spec.max_memory_bytes is None or (timed.peak_bytes or 0) <= spec.max_memory_bytes
+    return spec.max_memory_bytes is None or (timed.peak_bytes is not None and timed.peak_bytes <= spec.max_memory_bytes)
 
 
 def _interval(timed: Timed) -> str:

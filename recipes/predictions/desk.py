@@ -108,7 +108,7 @@ class Desk:
 
     def _outputs(self, side: Live, device: str) -> verification.Named:
         with precisions.flags(side.precision):
-            return verification.runner_outputs(side.session.runner(), [side.inputs], side.dtype, device)[0][0]
+            return verification.runner_outputs(side.session.runner(), [side.inputs], side.dtype, device).outputs[0]
 
     def _findings(self, side: Live, device: Device, wall_ms: float) -> tuple[Fired, ...]:
         with precisions.flags(side.precision):

@@ -12,7 +12,7 @@ from torch import nn
 
 import gpuopt.models
 from gpuopt.converters import apply, precision
-from gpuopt.core.errors import Unsupported, UsageError
+from gpuopt.core.errors import UsageError
 from gpuopt.core.spec import Precision, Transforms
 
 HALF = (Precision.FP16, Precision.BF16)
