@@ -19,8 +19,9 @@ from gpuopt.core.spec import BenchSpec, Candidate, ModelRef, Precision, Toleranc
 from gpuopt.pipeline import calls, environment, handed, overheard, searched, whole
 
 QUICK = BenchSpec(
-    min_time_s=0.02, max_time_s=0.3, min_iterations=3, warmup_s=0.01, max_warmup_s=0.05, block_ms=3.0, num_pairs=6, energy_s=0.0
+    min_time_s=0.02, max_time_s=1.5, min_iterations=1, warmup_s=0.01, max_warmup_s=0.05, block_ms=3.0, num_pairs=15, energy_s=0.0
 )
+"""Fifteen short pairs rather than six long ones: the interval of six is their extremes, and on a shared machine one sleep in six ends late."""
 HALF = SearchSpec(backends=("eager",), precisions=("bf16",), rewrites=())
 """The input and one candidate beside it."""
 
@@ -66,6 +67,15 @@ def pipe() -> Iterator[Pipe]:
     yield found
     for module in (found.unet, found.cold, found.vae):
         assert not module._forward_hooks and not module._forward_pre_hooks, "a hook was left"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tests before these may have left more: threads that spin on a shared core make sleeps end late."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
