@@ -37,6 +37,15 @@ class SearchSpec:
     resume: bool = False
     """Go on with the journal beside the output."""
 
+    def over(self, ms: float | None, peak_bytes: int | None) -> str:
+        """Which budget a candidate is over, in words; "" where it keeps to all. A figure that is not known keeps to none."""
+        if self.latency_budget_ms is not None and (ms is None or ms > self.latency_budget_ms):
+            return f"{'an unknown time' if ms is None else f'{ms:.4g} ms'} is over the latency budget of {self.latency_budget_ms:g} ms"
+        if self.max_memory_bytes is not None and (peak_bytes is None or peak_bytes > self.max_memory_bytes):
+            told = "an unknown peak of memory" if peak_bytes is None else f"{peak_bytes / 2**30:.2f} GiB"
+            return f"{told} is over the {self.max_memory_bytes / 2**30:.2f} GiB allowed"
+        return ""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:

@@ -7,7 +7,8 @@ from dataclasses import replace
 from statistics import median
 
 from gpuopt.core.search import Choice, Search, Trial
-from gpuopt.pipeline.books import GOOD, Books, batch_of
+from gpuopt.pipeline import tune
+from gpuopt.pipeline.books import GOOD, Books
 from gpuopt.pipeline.frontier import beats, knee, pareto
 
 
@@ -40,7 +41,7 @@ def _told(books: Books, trial: Trial, choice: Choice | None) -> Trial:
     if trial.outcome == "planned" and choice is not None and not books.spec.dry_run and books.spec.time_budget_s != 0:
         trial = replace(books.predicted(trial), outcome="pruned", reason=_not_tried(books, trial))
     if trial.samples_per_s is None and trial.time_ms:
-        trial = replace(trial, samples_per_s=batch_of(books.known[trial.key]) / trial.time_ms * 1e3)
+        trial = replace(trial, samples_per_s=tune.batch_of(books.known[trial.key]) / trial.time_ms * 1e3)
     return trial
 
 

@@ -82,7 +82,7 @@ class Books:
 
     def share(self, candidate: Candidate) -> int:
         """Samples among which the time of a call is divided: 1 where its latency is what counts."""
-        return batch_of(candidate) if self.spec.goal == "throughput" else 1
+        return tune.share(candidate, self.spec.goal)
 
     def cost(self, candidate: Candidate, ms: float) -> float:
         """What is made small: the call, or its time a sample."""
@@ -131,8 +131,3 @@ class Books:
 def at(candidate: Candidate, batch: int) -> Candidate:
     """The same at another batch."""
     return replace(candidate, dims={**candidate.dims, "N": batch})
-
-
-def batch_of(candidate: Candidate) -> int:
-    """Samples of a call; 1 where no size is called so."""
-    return candidate.dims.get("N", 1)

@@ -77,11 +77,9 @@ class Crew:
     def hear(self, question: Ask, answer: Answer) -> None:
         """Who may still be written where the search is interrupted."""
         if isinstance(question, Screen) and isinstance(answer, Screened) and answer.status == Status.OK and answer.ms is not None:
-            spec, ms = self.job.search, answer.ms
-            fits = spec.latency_budget_ms is None or ms <= spec.latency_budget_ms
-            fits = fits and (spec.max_memory_bytes is None or (answer.peak_bytes or 0) <= spec.max_memory_bytes)
-            if question.candidate == self.base or (fits and answer.verified):
-                self.costs[tune.key(question.candidate)] = ms / self.share(question.candidate)
+            over = self.job.search.over(answer.ms, answer.peak_bytes)
+            if question.candidate == self.base or (not over and answer.verified):
+                self.costs[tune.key(question.candidate)] = answer.ms / self.share(question.candidate)
         if isinstance(answer, Finalists):
             for key, timed in answer.timed.items():
                 if timed.status != Status.OK:
@@ -89,7 +87,7 @@ class Crew:
 
     def share(self, candidate: Candidate) -> int:
         """Samples among which the time of a call is divided: 1 where its latency is what counts."""
-        return candidate.dims.get("N", 1) if self.job.search.goal == "throughput" else 1
+        return tune.share(candidate, self.job.search.goal)
 
     def raise_if_base_failed(self) -> None:
         """The input is what everything is held against: where it cannot run, its own error is the command's."""

@@ -85,5 +85,5 @@ def _told(crew: Crew, base: Seat, seat: Seat) -> Timed:
 
 def _per_sample(seat: Seat, base: Seat) -> Samples:
     """Its times as if its batch were the input's."""
-    scale = base.candidate.dims.get("N", 1) / seat.candidate.dims.get("N", 1)
+    scale = tune.batch_of(base.candidate) / tune.batch_of(seat.candidate)
     return replace(seat.sampled, samples_ns=tuple(max(1, round(ns * scale)) for ns in seat.sampled.samples_ns))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gpuopt.core.result import Status
-from gpuopt.core.search import Screened, SearchSpec
+from gpuopt.core.search import Screened
 from gpuopt.core.spec import Candidate
 from gpuopt.pipeline import tune
 from gpuopt.pipeline.books import GOOD, LATE, Books, at
@@ -23,7 +23,8 @@ def screen(books: Books, candidate: Candidate, origin: str) -> Asking[None]:
     books.pay("screening", answer.seconds)
     outcome, reason = answer.status, answer.reason
     if answer.status == Status.OK:
-        outcome, reason = ("screened", "") if candidate == books.base else _against_budgets(books.spec, answer)
+        reason = "" if candidate == books.base else books.spec.over(answer.ms, answer.peak_bytes)
+        outcome = "over budget" if reason else "screened"
     _learn(books, candidate, answer)
     books.trials[key] = replace(
         books.trials[key],
@@ -35,15 +36,6 @@ def screen(books: Books, candidate: Candidate, origin: str) -> Asking[None]:
     )
     if outcome == Status.UNSUPPORTED:
         yield from _ban(books, candidate, reason)
-
-
-def _against_budgets(spec: SearchSpec, answer: Screened) -> tuple[str, str]:
-    """Outcome and reason of one that works."""
-    if spec.latency_budget_ms is not None and answer.ms is not None and answer.ms > spec.latency_budget_ms:
-        return "over budget", f"{answer.ms:.4g} ms is over the latency budget of {spec.latency_budget_ms:g} ms"
-    if spec.max_memory_bytes is not None and answer.peak_bytes is not None and answer.peak_bytes > spec.max_memory_bytes:
-        return "over budget", f"{answer.peak_bytes / 2**30:.2f} GiB is over the {spec.max_memory_bytes / 2**30:.2f} GiB allowed"
-    return "screened", ""
 
 
 def _learn(books: Books, candidate: Candidate, answer: Screened) -> None:

@@ -43,23 +43,11 @@ def _rewrites(module: Any) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in rewrites.REWRITES:
         try:
-            rewrite, _ = rewrites.resolve(name) if not _needs_setting(name) else rewrites.resolve(f"{name}:{_settings(name)[0]}")
+            rewrite = rewrites.loaded(name)
             why = rewrite.applies(module) or ""
         except GpuoptError as error:
             found[name] = error.message
             continue
-        for setting in rewrite.SETTINGS if _needs_setting(name) else (None,):
-            found[f"{name}:{setting}" if setting else name] = why
+        settings = rewrite.SETTINGS if getattr(rewrite, "NEEDS_SETTING", False) else ()
+        found.update(dict.fromkeys([f"{name}:{setting}" for setting in settings] or [name], why))
     return found
-
-
-def _needs_setting(name: str) -> bool:
-    from gpuopt.core import registry
-
-    return bool(getattr(registry.resolve(rewrites.REWRITES, name, kind="rewrite"), "NEEDS_SETTING", False))
-
-
-def _settings(name: str) -> tuple[str, ...]:
-    from gpuopt.core import registry
-
-    return tuple(registry.resolve(rewrites.REWRITES, name, kind="rewrite").SETTINGS)

@@ -201,7 +201,7 @@ def features(candidate: Candidate, own: Precision) -> dict[str, float]:
             found[f"{name} in {library}"] = 0.12
     for name in candidate.transforms.rewrites:
         found[f"rewrite {name}"] = 0.08
-        # What a compiler makes of a changed module is its own affair: a mask left in the graph cost BERT through Inductor a factor of two, and eager nothing.
+        # What a compiler makes of a changed module is its own affair: a mask left in the graph sends BERT's attention through fp32 in Inductor, and not in eager.
         found[f"rewrite {name} in {library}"] = 0.05 if library == "eager" else 0.15
     if "N" in candidate.dims:
         found[f"batch {candidate.dims['N']}"] = 0.2
@@ -245,13 +245,18 @@ def prior_ms(candidate: Candidate, facts: Facts) -> float:
 def bound_ms(candidate: Candidate, facts: Facts) -> float | None:
     """No program of this precision is faster at this batch: compute grows with it, and the floor is kept to that."""
     floor = facts.floors_ms.get((candidate.precision or facts.own).value)
-    if floor is None:
-        return None
-    return (
-        floor * max(1.0, candidate.dims.get("N", facts.batch) / max(1, facts.batch))
-        if candidate.dims.get("N", facts.batch) >= facts.batch
-        else None
-    )
+    larger = candidate.dims.get("N", facts.batch) / max(1, facts.batch)
+    return floor * larger if floor is not None and larger >= 1 else None
+
+
+def batch_of(candidate: Candidate) -> int:
+    """Samples of a call; 1 where no size is called so."""
+    return candidate.dims.get("N", 1)
+
+
+def share(candidate: Candidate, goal: str) -> int:
+    """Samples among which the time of a call is divided: 1 where its latency is what counts."""
+    return batch_of(candidate) if goal == "throughput" else 1
 
 
 def words(candidate: Candidate, base: Candidate | None = None) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from gpuopt.core.result import Status
-from gpuopt.core.search import Choice, SearchSpec, Timed
+from gpuopt.core.search import Choice, Timed
 from gpuopt.pipeline import tune
-from gpuopt.pipeline.books import GOOD, LATE, Books, batch_of
+from gpuopt.pipeline.books import GOOD, LATE, Books
 from gpuopt.pipeline.climb import climb
 from gpuopt.pipeline.questions import Asking, Finalists, Finals
 
@@ -68,7 +68,7 @@ def _record(books: Books, key: str, timed: Timed) -> None:
     if trial is None:
         return
     if timed.status == Status.OK:
-        rate = batch_of(books.known[key]) / timed.ms * 1e3 if timed.ms else None
+        rate = tune.batch_of(books.known[key]) / timed.ms * 1e3 if timed.ms else None
         trial = replace(trial, outcome="finalist", measured_ms=timed.ms, samples_per_s=rate, reason="")
     elif key != tune.key(books.base):
         trial = replace(trial, outcome=timed.status, reason=timed.reason)
@@ -80,13 +80,13 @@ def _chosen(books: Books, timed: Mapping[str, Timed]) -> Choice:
     base_key = tune.key(books.base)
     base, others = timed.get(base_key), {k: t for k, t in timed.items() if k != base_key}
     passed = [(t.ratio, k) for k, t in others.items() if t.status == Status.OK and t.ratio]
-    winners = [(r, k) for r, k in passed if others[k].verdict == "faster" and others[k].ms and _within(books.spec, others[k])]
+    winners = [(r, k) for r, k in passed if others[k].verdict == "faster" and others[k].ms and not _over(books, others[k])]
     if winners:
         return _winner(books, base, others, winners)
     if not passed:
         return keep(books, "no finalist passed verification: " + "; ".join(t.reason for t in others.values())[:300])
     ratio, key = max(passed)
-    over = "" if _within(books.spec, others[key]) else ", and is over a budget"
+    over = ", and is over a budget" if _over(books, others[key]) else ""
     return keep(
         books,
         f"the nearest, {books.trials[key].label}, is {ratio:.3f}x as fast ({_interval(others[key])}), which is not more than the noise{over}"
@@ -114,11 +114,9 @@ def _winner(books: Books, base: Timed | None, others: Mapping[str, Timed], winne
     )
 
 
-def _within(spec: SearchSpec, timed: Timed) -> bool:
-    """It keeps to the budgets."""
-    if spec.latency_budget_ms is not None and (timed.ms or math.inf) > spec.latency_budget_ms:
-        return False
-    return spec.max_memory_bytes is None or (timed.peak_bytes is not None and timed.peak_bytes <= spec.max_memory_bytes)
+def _over(books: Books, timed: Timed) -> str:
+    """Which budget it is over, in words."""
+    return books.spec.over(timed.ms, timed.peak_bytes)
 
 
 def _interval(timed: Timed) -> str:

@@ -4,8 +4,8 @@ What the backends `cudagraphs` (an eager forward) and `inductor` (code that is c
 on and leaves its results where it left them before. So a call copies its inputs in, replays, and copies the results out:
 
 - an input that is the graph's own buffer (`Graphs.static_inputs`) is not copied; each other one costs one copy before the replay can start;
-- results are clones, which nothing overwrites. They are queued while the graph runs, so the host's part is hidden behind it; the device's is one copy a result, some
-  two microseconds where it is small. Handing out the graph's own memory and copying late, or in turn from several sets of it, would save those: but a caller who keeps more
+- results are clones, which nothing overwrites. They are queued while the graph runs, so the host's part is hidden behind it; the device's is one copy a
+  result, a kernel of its own. Handing out the graph's own memory and copying late, or in turn from several sets of it, would save those: but a caller who keeps more
   results than there are sets reads another call's numbers and nothing says so. `static_outputs` is for callers who know that they keep none.
 
 What would give another answer than the callable is refused where it is recorded: a forward that writes into its inputs (the caller's would stay as they were). Random numbers are

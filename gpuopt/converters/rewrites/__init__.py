@@ -33,7 +33,7 @@ REWRITES = {
 def resolve(text: str) -> tuple[ModuleType, str | None]:
     """`attention:cudnn` -> (its module, "cudnn"). Raises UsageError for a name or a setting that there is none of, Unavailable where its library is missing."""
     name, colon, setting = text.partition(":")
-    module = _loaded(name)
+    module = loaded(name)
     allowed: tuple[str, ...] = module.SETTINGS
     if not colon:
         if getattr(module, "NEEDS_SETTING", False):
@@ -74,10 +74,11 @@ def in_fp32(texts: Iterable[str], device: str) -> tuple[tuple[str, ...], tuple[s
 def is_approximate(texts: Iterable[str]) -> bool:
     """Whether any of these declares an approximation. Texts that name no rewrite (other transforms of a bundle) are none."""
     names = {text.partition(":")[0] for text in texts}
-    return any(_loaded(name).APPROXIMATE for name in sorted(names & REWRITES.keys()))
+    return any(loaded(name).APPROXIMATE for name in sorted(names & REWRITES.keys()))
 
 
-def _loaded(name: str) -> ModuleType:
+def loaded(name: str) -> ModuleType:
+    """The file of a rewrite, whatever settings it has. Raises UsageError for a name that there is none of."""
     from gpuopt.core import registry  # --help reads the table, and does without importlib.metadata
 
     found: ModuleType = registry.resolve(REWRITES, name, kind="rewrite")
