@@ -105,6 +105,11 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> PackageRu
     return runner
 
 
+def structural(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the same program without what only picks its kernels: what the fp32 stage of a verification builds."""
+    return {**{key: value for key, value in options.items() if key not in inductor.PICKING}, "preset": "default"}
+
+
 def load(folder: Path, files: Mapping[str, str], options: Mapping[str, Any], device: str) -> PackageRunner:
     """A bundle's packages, as they are. `options`: `trust` and `signed_by_us`, which the gate asks for."""
     accepts = artifact.read_accepts(folder, files)

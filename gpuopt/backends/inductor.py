@@ -95,6 +95,13 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> InductorR
     return runner
 
 
+def structural(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the same program without what only picks its kernels or replays them: what the fp32 stage of a verification builds. The kernels themselves
+    are judged at the candidate's own precision; picking others for fp32 would take longer than the candidate took."""
+    preset = "freezing" if "freezing" in str(options.get("preset")) else "default"
+    return {**{key: value for key, value in options.items() if key not in compiler.PICKING}, "preset": preset}
+
+
 def load(folder: Path, files: Mapping[str, str], options: Mapping[str, Any], device: str) -> InductorRunner:
     """Compile a bundle's exported program again: Inductor's kernels are not shipped, its graph is."""
     module, accepts = artifact.load(folder, files, options)

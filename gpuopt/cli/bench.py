@@ -32,7 +32,7 @@ def bench(
     max_time: o.MaxTimeOpt = None,
     pairs: o.PairsOpt = None,
     sustained: o.SustainedOpt = "auto",
-    build_jobs: o.BuildJobsOpt = 1,
+    build_jobs: o.BuildJobsOpt = None,
     timeout: o.TimeoutOpt = None,
     verify: o.VerifyOpt = "full",
     tolerance: o.ToleranceOpt = None,

@@ -36,7 +36,7 @@ def optimize(
     min_time: o.MinTimeOpt = None,
     max_time: o.MaxTimeOpt = None,
     pairs: o.PairsOpt = None,
-    build_jobs: o.BuildJobsOpt = 1,
+    build_jobs: o.BuildJobsOpt = None,
     timeout: o.TimeoutOpt = None,
     verify: o.VerifyOpt = "full",
     eval_data: o.EvalDataOpt = None,

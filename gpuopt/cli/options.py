@@ -182,9 +182,12 @@ PairsOpt = Annotated[
     int | None, _option("--pairs", help="Interleaved blocks a side when candidates are compared. Default 20.", panel=MEASURE)
 ]
 BuildJobsOpt = Annotated[
-    int,
+    int | None,
     _option(
-        "--build-jobs", help="Candidates built and verified at once, before anything is timed.", panel=MEASURE, min=1, show_default=True
+        "--build-jobs",
+        help="Candidates built at once; nobody builds while one is timed. Default: 1; up to 4 where optimize runs on a GPU.",
+        panel=MEASURE,
+        min=1,
     ),
 ]
 SustainedOpt = Annotated[

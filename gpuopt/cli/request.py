@@ -174,7 +174,7 @@ def bench(
     timeout: str | None = None,
     verify: str = "full",
     sustained: str = "auto",
-    build_jobs: int = 1,
+    build_jobs: int | None = None,
 ) -> BenchSpec:
     """How long to measure."""
     spec = BenchSpec(verify=verify, sustained=sustained, build_jobs=build_jobs)

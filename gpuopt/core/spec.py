@@ -10,6 +10,7 @@ from typing import Any
 from gpuopt.core.errors import UsageError
 from gpuopt.core.generation import GenerateSpec
 from gpuopt.core.search import SearchSpec
+from gpuopt.core.streamed import StreamRequest
 
 
 class Precision(StrEnum):
@@ -357,8 +358,8 @@ class BenchSpec:
     """Length of the loop over which NVML's energy counter is read; 0 skips it."""
     timeout_s: float = 1800.0
     """For a child's slowest single step."""
-    build_jobs: int = 1
-    """Candidates built and verified at once; nothing is timed meanwhile."""
+    build_jobs: int | None = None
+    """Candidates built at once; nobody builds while one is timed. None: one, and where a search tries candidates on a GPU as many as the host has cores for."""
     sustained: str = "auto"
     """Whether products are timed between the candidates' blocks, as the ceiling under the same load: `on`, `off`, or `auto` for GPUs alone."""
 
@@ -412,5 +413,7 @@ class Job:
     """`optimize`: what is looked for, and how far it may go."""
     generate: GenerateSpec | None = None
     """`bench`: tokens to generate, instead of single calls."""
+    stream: StreamRequest | None = None
+    """`stream`: budgets, and what is done with them."""
     command: str = ""
     """The line that was typed, kept in the report."""

@@ -7,14 +7,14 @@ the candidates' own blocks meet the same heat, clocks and power, so they say wha
 from __future__ import annotations
 
 from statistics import median
-
-import torch
+from typing import TYPE_CHECKING
 
 from gpuopt.core.result import CEILING_OF_DTYPE, Ceiling, Count, Device, Samples
 from gpuopt.core.spec import BenchSpec
-from gpuopt.devices import ceilings, workloads
 from gpuopt.profiling.roofline import RARE
-from gpuopt.timing import clocks, loop
+
+if TYPE_CHECKING:
+    from gpuopt.devices import workloads
 
 QUANTITIES = ("fp16", "bf16", "tf32", "fp32", "fp64")
 """What products are timed in; others (fp8, int8) have no sustained ceiling, and no percentage of it."""
@@ -30,6 +30,12 @@ class Anchor:
 
     def block(self, quantity: str, device: Device, spec: BenchSpec) -> tuple[Samples, float, str]:
         """One block of products -> (samples, FLOPs a call, how). Raises OutOfMemory where the model leaves no room for them."""
+        # Only where products run: the command's own process reads this file for its figures, and would wait two seconds for torch to be imported.
+        import torch
+
+        from gpuopt.devices import ceilings, workloads
+        from gpuopt.timing import clocks, loop
+
         if quantity not in self._works:
             self._works[quantity] = ceilings.product(quantity, device)
         work, (m, n, k) = self._works[quantity]

@@ -11,6 +11,8 @@ from gpuopt.pipeline.screening import screen
 
 MIN_CHANCE = 0.05
 """A candidate less likely than this to work and to beat the best by `min_gain` is not built."""
+AHEAD = 8
+"""Candidates named as likely to be next."""
 WORTH = 0.003
 """Nor one that is not expected to gain this much (misses count as nothing) if it takes as long as a candidate takes on average; in proportion if it takes more or less."""
 
@@ -35,22 +37,23 @@ def climb(books: Books) -> Asking[None]:
         if books.tried() >= books.spec.max_trials:
             books.stopped = f"{books.spec.max_trials} candidates were tried"
             return
-        key = _next(books)
-        if key is None and books.unfitting:
+        wanted = _ranked(books)
+        if not wanted and books.unfitting:
             books.stopped = f"the time budget of {books.spec.time_budget_s:g} s has no room for the {books.unfitting} left that may be faster: --resume with more"
             return
-        if key is None:
+        if not wanted:
             books.stopped = books.stopped or f"nothing left is likely to beat the best by {books.spec.min_gain:.0%}"
             return
-        yield from screen(books, books.known[key], books.trials[key].origin)
+        key, *later = wanted
+        yield from screen(books, books.known[key], books.trials[key].origin, [books.known[k] for k in later[:AHEAD]])
 
 
-def _next(books: Books) -> str | None:
-    """Closes what cannot win any more."""
+def _ranked(books: Books) -> list[str]:
+    """Those worth trying, by their expected gain a second. Closes what cannot win any more."""
     assert books.predictor is not None
     best = books.best_cost()
     wanted = best * (1 - books.spec.min_gain)
-    found: tuple[float, str] | None = None
+    found: list[tuple[float, str]] = []
     books.unfitting = 0
     usual_s = fmean(books.seconds(candidate) for candidate in books.known.values())
     for key, trial in books.trials.items():
@@ -70,7 +73,5 @@ def _next(books: Books) -> str | None:
         if books.spec.time_budget_s is not None and books.spent_s + seconds > books.spec.time_budget_s:
             books.unfitting += 1  # something quicker may still fit
             continue
-        gain /= seconds
-        if found is None or gain > found[0]:
-            found = (gain, key)
-    return found[1] if found else None
+        found.append((gain / seconds, key))
+    return [key for _, key in sorted(found, key=lambda pair: -pair[0])]  # stable: of equals the first that was planned

@@ -5,7 +5,7 @@ A few of the best stay alive between screening and the finals; the others are bu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +15,7 @@ from gpuopt.core.result import Run, Status
 from gpuopt.core.search import Screened
 from gpuopt.core.spec import Candidate, Job
 from gpuopt.pipeline import isolate, seats, tune
+from gpuopt.pipeline.ahead import Ahead, jobs_of_search, share_of_cores
 from gpuopt.pipeline.machine import Machine
 from gpuopt.pipeline.questions import Answer, Ask, Finalists, Finals, Screen
 from gpuopt.pipeline.seats import Seat, built, loaded, verified
@@ -49,8 +50,17 @@ class Crew:
     """Key -> the last that is known of each candidate."""
     alive: dict[str, Member] = field(default_factory=dict)
     failures: dict[str, GpuoptError] = field(default_factory=dict)
+    ahead: Ahead = field(init=False)
     costs: dict[str, float] = field(default_factory=dict)
     """Key -> milliseconds, a sample where throughput is wanted, of those that passed so far; also of those that a journal told of."""
+
+    def __post_init__(self) -> None:
+        self.ahead = Ahead(seated=self._seated, build=_build)
+
+    @property
+    def jobs(self) -> int:
+        """How many of them build at once."""
+        return jobs_of_search(self.job.bench, self.machine.device)
 
     # -- what is known --------------------------------------------------------------------------------------------------------
 
@@ -103,19 +113,39 @@ class Crew:
         key = tune.key(candidate)
         if key in self.alive and self.alive[key].seat.child.alive:
             return self.alive[key]
+        found = self.ahead.take(key)
+        if found is not None:
+            seat, stack = found
+            self.alive[key] = Member(seat=seat, stack=stack)
+            return self.alive[key]
         stack = ExitStack()
-        job = replace(self.job, candidates=(candidate,))
         try:
-            seat = stack.enter_context(seats.seated(candidate, job, self.progress, hire=self.hire))
-            member = Member(seat=seat, stack=stack)
-            self.alive[key] = member
-            seat.step(lambda s: loaded(s, "optimize"))
-            seat.step(built)
+            seat = self._seated(candidate, stack)
+            self.alive[key] = Member(seat=seat, stack=stack)
+            _build(seat)
         except BaseException:
             self.alive.pop(key, None)
             stack.close()
             raise
-        return member
+        return self.alive[key]
+
+    def expect(self, candidates: Sequence[Candidate]) -> None:
+        """Who will be asked for next, the likeliest first: their children begin to build. A worker of the caller's own process builds when it is asked."""
+        if self.hire is None and self.jobs > 1:
+            self.ahead.expect(candidates, known=self.alive, most=min(self.jobs, self._room()))
+
+    def _room(self) -> int:
+        """How many more the device's memory holds, as large as the input and as much again for the work of building."""
+        memory, peak = self.machine.device.memory_bytes, getattr(self.runs.get(tune.key(self.base)), "peak_bytes", None)
+        if not memory or not peak:
+            return 1
+        held = sum(member.seat.run.peak_bytes or 0 for member in self.alive.values())
+        return max(0, int((MEMORY_SHARE * memory - held) / (2 * peak)))
+
+    def _seated(self, candidate: Candidate, stack: ExitStack) -> Seat:
+        job = replace(self.job, candidates=(candidate,))
+        environment = share_of_cores(self.machine.device, self.jobs)
+        return stack.enter_context(seats.seated(candidate, job, self.progress, environment, hire=self.hire))
 
     def prove(self, member: Member, verify: str) -> None:
         """Verify it this far, where it was not yet: a child that was built again, and the input itself, were verified not at all."""
@@ -151,5 +181,11 @@ def gathered(crew: Crew) -> Iterator[Crew]:
     try:
         yield crew
     finally:
+        crew.ahead.close()
         for key in list(crew.alive):
             crew.dismiss(key)
+
+
+def _build(seat: Seat) -> None:
+    seat.step(lambda s: loaded(s, "optimize"))
+    seat.step(built)

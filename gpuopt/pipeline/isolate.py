@@ -72,6 +72,8 @@ class Child:
         self._drain = threading.Thread(target=self._drain_stderr, daemon=True)
         self._drain.start()
         self._killed_for: str | None = None
+        self._stood_s = 0.0
+        self._paused_at: float | None = None
         self._owed = 0
         """Answers not read yet: one more than the call that waits where a call before it was interrupted."""
 
@@ -101,11 +103,11 @@ class Child:
             _write_all(self._requests, json.dumps(frame).encode() + b"\n")
         except OSError as error:
             raise self._ended(verb) from error
-        deadline = time.monotonic() + timeout_s
+        deadline = self._clock() + timeout_s
         while True:
             line = self._read_line(deadline)
             if line is None:
-                if time.monotonic() >= deadline:
+                if self._clock() >= deadline:
                     self._killed_for = f"{verb} did not end within {timeout_s:g} s"
                     self.kill()
                     raise ChildFailed(
@@ -130,7 +132,7 @@ class Child:
     def _read_line(self, deadline: float) -> bytes | None:
         """The next frame; None at the deadline or when the child closed its end."""
         while b"\n" not in self._buffer:
-            left = deadline - time.monotonic()
+            left = deadline - self._clock()
             if left <= 0:
                 return None
             ready, _, _ = select.select([self._replies], [], [], min(left, 1.0))
@@ -175,10 +177,33 @@ class Child:
         """What the child last wrote to stderr."""
         return self._tail.decode(errors="replace")
 
+    def pause(self) -> None:
+        """Let it stand still, and the time limit of its step with it. Compilers it started finish the piece they are at: a group that stood still would stay for
+        ever where this process is killed meanwhile, since what they watch is their parent's end."""
+        if self._paused_at is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(self._process.pid, signal.SIGSTOP)
+            self._paused_at = time.monotonic()
+
+    def resume(self) -> None:
+        """Go on. Harmless where it was not paused."""
+        if self._paused_at is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(self._process.pid, signal.SIGCONT)
+            # In this order: a call that waits in another thread reads both, and must never see a time limit come nearer.
+            self._stood_s += time.monotonic() - self._paused_at
+            self._paused_at = None
+
+    def _clock(self) -> float:
+        """Seconds that do not pass while the child stands still."""
+        now = self._paused_at
+        return (time.monotonic() if now is None else now) - self._stood_s
+
     def kill(self) -> None:
         """End the child and everything it started. Harmless twice."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGTERM)
+        self.resume()  # what stands still takes no SIGTERM
         try:
             self._process.wait(timeout=TERM_GRACE_S)
         except subprocess.TimeoutExpired:

@@ -121,6 +121,12 @@ class LocalChild:
                 session.close()
             _release()
 
+    def pause(self) -> None:
+        """It never does anything beside its caller."""
+
+    def resume(self) -> None:
+        """See `pause`."""
+
     def kill(self) -> None:
         """There is no process to end."""
         self.close()

@@ -28,6 +28,8 @@ class Screen:
     candidate: Candidate
     limit_ms: float | None = None
     """Above it verification is left out: it cannot be chosen any more."""
+    ahead: tuple[Candidate, ...] = ()
+    """Who is likely to be asked for after it, the likeliest first: a hint to whoever builds, which no answer depends on."""
 
     @property
     def key(self) -> str:

@@ -20,7 +20,11 @@ FIRST_PAIRS = 8
 
 def raced(crew: Crew, question: Finals) -> tuple[dict[str, Timed], dict[str, Run]]:
     """Key -> what the pairs said, and the run that holds it."""
-    members = [crew.seat(candidate) for candidate in question.candidates]
+    members = []
+    for number, candidate in enumerate(question.candidates):
+        crew.expect(question.candidates[number:])
+        members.append(crew.seat(candidate))
+    crew.ahead.close()
     _verify(crew, members)
     everyone = [member.seat for member in members]
     base = everyone[0]
@@ -43,7 +47,7 @@ def raced(crew: Crew, question: Finals) -> tuple[dict[str, Timed], dict[str, Run
 def _verify(crew: Crew, members: list[Member]) -> None:
     """In full, side by side: nothing is timed meanwhile. The input is what they are held against."""
     unsure = [member for member in members if member.seat.ok and member.seat.candidate != crew.base]
-    with ThreadPoolExecutor(max_workers=max(1, crew.job.bench.build_jobs)) as pool:
+    with ThreadPoolExecutor(max_workers=crew.jobs) as pool:
         for done in [pool.submit(crew.prove, member, crew.job.bench.verify) for member in unsure]:
             done.result()
 

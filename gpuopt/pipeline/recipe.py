@@ -378,8 +378,9 @@ def check(job: Job) -> None:
         if value is not None and not value >= 0:
             raise UsageError(f"{part}.{name} is {value}", fix="a number from 0")
     for name in ("min_iterations", "num_pairs", "build_jobs"):
-        if getattr(job.bench, name) < 1:
-            raise UsageError(f"bench.{name} is {getattr(job.bench, name)}", fix="a whole number from 1")
+        count = getattr(job.bench, name)
+        if count is not None and count < 1:
+            raise UsageError(f"bench.{name} is {count}", fix="a whole number from 1")
     if job.bench.max_time_s < job.bench.min_time_s:
         raise UsageError(
             f"bench.max_time_s ({job.bench.max_time_s:g}) is below bench.min_time_s ({job.bench.min_time_s:g})",

@@ -64,11 +64,13 @@ class Shared:
 
     def eager_outputs(self, precision: Precision) -> list[Named]:
         """As `verification.eager_outputs` gives them."""
+        return self.outputs(
+            f"eager:{precision.carrier}", lambda: verification.eager_outputs(self._model, precision, self._batches, self._device)
+        )
 
-        def computed() -> Twin:
-            return Twin(outputs=verification.eager_outputs(self._model, precision, self._batches, self._device))
-
-        return self._shared(f"eager:{precision.carrier}", Twin, computed).outputs
+    def outputs(self, kind: str, compute: Callable[[], list[Named]]) -> list[Named]:
+        """What `compute` makes of these batches; `kind` names all that it depends on besides the model, the batches and the device."""
+        return self._shared(kind, Twin, lambda: Twin(outputs=compute())).outputs
 
     def _shared(self, kind: str, type_: type[Kept], compute: Callable[[], Kept]) -> Kept:
         entry = self._entry(kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from gpuopt.core.result import Status
@@ -12,13 +13,13 @@ from gpuopt.pipeline.books import GOOD, LATE, Books, at
 from gpuopt.pipeline.questions import Asking, Screen
 
 
-def screen(books: Books, candidate: Candidate, origin: str) -> Asking[None]:
-    """Try one. `origin`: why, for one that was not planned before."""
+def screen(books: Books, candidate: Candidate, origin: str, ahead: Sequence[Candidate] = ()) -> Asking[None]:
+    """Try one. `origin`: why, for one that was not planned before. `ahead`: who is likely to be next."""
     key = books.plan(candidate, origin)
     if books.predictor is not None:
         books.predict(key)
     limit = books.best_cost() * LATE * books.share(candidate) if books.best() is not None else None
-    answer = yield Screen(candidate=candidate, limit_ms=limit)
+    answer = yield Screen(candidate=candidate, limit_ms=limit, ahead=tuple(ahead))
     assert isinstance(answer, Screened)
     books.pay("screening", answer.seconds)
     outcome, reason = answer.status, answer.reason

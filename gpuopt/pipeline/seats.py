@@ -49,6 +49,15 @@ class Worker(Protocol):
     ) -> T:
         """One step. Raises ChildFailed."""
 
+    def pause(self) -> None:
+        """Let it stand still while somebody else is timed."""
+
+    def resume(self) -> None:
+        """Go on. Harmless where it was not paused."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
     def close(self) -> None:
         """End it. Harmless twice."""
 

@@ -26,6 +26,7 @@ from gpuopt.converters import onnx as onnx_file
 from gpuopt.converters import precision as precisions
 from gpuopt.converters import rewrites
 from gpuopt.converters import weights as weight_files
+from gpuopt.core import codec
 from gpuopt.core.errors import GpuoptError, Unsupported, UsageError
 from gpuopt.core.generation import GenerateSpec, GenerationBuilt, TokenTimes
 from gpuopt.core.live import Inputs, Model, Runner
@@ -42,6 +43,7 @@ from gpuopt.pipeline import (
     hostmemory,
     matrix,
     metering,
+    nests,
     packs,
     probing,
     profiles,
@@ -228,11 +230,19 @@ class Session:
             notes=tuple(notes),
         )
 
-    def _construct(self, candidate: Candidate, model: Model, precision: Precision, *, build_only: bool = False) -> tuple[Runner, Model]:
-        """Converted model and its runner, at this precision."""
+    def _construct(
+        self,
+        candidate: Candidate,
+        model: Model,
+        precision: Precision,
+        *,
+        build_only: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> tuple[Runner, Model]:
+        """Converted model and its runner, at this precision. `options`: others than the candidate's own."""
         backend = load_backend(candidate.backend.name)
         way = route.check(model.form, backend, str(candidate.backend), precision, candidate.device, build_only=build_only)
-        options = self._options(candidate, precision)
+        options = self._options(candidate, precision) if options is None else dict(options)
         if build_only:
             options["build_only"] = True
         if model.form == "onnx":
@@ -368,14 +378,25 @@ class Session:
         seeds: tuple[int, ...],
         limits: Tolerance,
     ) -> Any:
-        with verification.exact_math():
-            twins = references.Shared(candidate.model, model, batches, candidate.device).eager_outputs(Precision.FP32)
-            runner, _ = self._construct(candidate, model, Precision.FP32)
+        """Built without what only picks kernels or replays them, so candidates that differ in nothing else share its outputs: the first of them computes them."""
+        options = self._options(candidate, Precision.FP32)
+        structural = getattr(load_backend(candidate.backend.name), "structural", None)
+        options = options if structural is None else structural(options)
+
+        def computed() -> list[verification.Named]:
+            runner, _ = self._construct(candidate, model, Precision.FP32, options=options)
             try:
-                outputs = verification.runner_outputs(runner, batches, torch.float32, candidate.device).outputs
+                return verification.runner_outputs(runner, batches, torch.float32, candidate.device).outputs
             finally:
                 runner.close()
                 verification.release(candidate.device)
+
+        with verification.exact_math():
+            shared = references.Shared(candidate.model, model, batches, candidate.device)
+            twins = shared.eager_outputs(Precision.FP32)
+            outputs = shared.outputs(
+                f"structure:{candidate.backend.name}:{sorted(options.items(), key=str)}:{codec.digest(candidate.transforms)}", computed
+            )
         return accuracy_gate.judge_stage("structure", found.outputs, outputs, twins, limits, seeds)
 
     def _gate(self, tolerance: Tolerance, *, scales: bool) -> gating.Gate:
@@ -637,6 +658,10 @@ class Session:
         if self._evidence is not None:
             files["reference"] = packs.write(self._evidence, target)
         inputs = self._drawn().first
+        model = self._loaded()[1]
+        nest = nests.of_call(model.module, self._drawn().sample(own_precision(model), "cpu")) if model.form == "module" else None
+        if nest is not None:
+            files["outputs"] = nests.write(nest, target)
         if self._drawn().is_given:
             files["inputs"] = packs.write_inputs(inputs, target)
         assert self._facts is not None
@@ -684,6 +709,10 @@ class Session:
         """Environment and device, with measured and data-sheet ceilings."""
         return matrix.survey(device_id, refresh, ceilings, self._progress)
 
+    def require_preset(self, backend: str, preset: str) -> None:
+        """Raises UsageError for a preset that the backend has none of, before anything is measured for it."""
+        matrix.require_preset(backend, preset)
+
     def matrix(self, device_id: str, candidate: Candidate | None = None) -> facts.Matrix:
         """Every backend, for this model where one is named: the way to it, or the reason why there is none."""
         return matrix.matrix(device_id, candidate)
@@ -705,6 +734,14 @@ class Session:
         """Names of the inputs in order, and how many of them are positional."""
         inputs = self._drawn().first
         return tuple(spec.name for spec in inputs.specs), len(inputs.args)
+
+    def around(self) -> Callable[[Any], Any] | None:
+        """What puts the tensors of a bundle into the nest of the model it was built from; None where the bundle does not know it."""
+        if self._manifest is None or self._bundle is None:
+            return None
+        name = bundle_manifest.file_of(self._manifest, "outputs")
+        is_data = self._manifest.backend.name in bundle_manifest.DATA_BACKENDS
+        return nests.Around(nests.read(self._bundle / name), may_construct=not is_data) if name is not None else None
 
     def changed_module(self) -> Any:
         """The converted nn.Module, on the CPU."""

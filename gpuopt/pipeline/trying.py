@@ -9,6 +9,7 @@ from gpuopt.core.result import Run, Samples, Status
 from gpuopt.core.search import Screened
 from gpuopt.core.spec import BenchSpec
 from gpuopt.pipeline import facts, figures, pairs, tune
+from gpuopt.pipeline.ahead import PASSING
 from gpuopt.pipeline.crew import Crew, Member
 from gpuopt.pipeline.questions import Screen
 from gpuopt.pipeline.seats import Seat
@@ -20,14 +21,24 @@ BLOCKS = 3
 def tried(crew: Crew, question: Screen) -> tuple[Screened, Run]:
     """Without the seconds it took. Its child stays alive where it is one of the best so far."""
     candidate, key = question.candidate, tune.key(question.candidate)
+    crew.expect([candidate, *question.ahead])
     member = crew.seat(candidate)
+    crew.expect(question.ahead)
     seat = member.seat
-    samples = _quick(seat, _short(crew.job.bench)) if seat.ok else None
+    with crew.ahead.still():
+        samples = _quick(seat, _short(crew.job.bench)) if seat.ok else None
+    if seat.run.status in PASSING and crew.ahead.coming:  # for memory, or time, that those who build ahead took
+        crew.dismiss(key)
+        crew.ahead.close()
+        member = crew.seat(candidate)
+        seat = member.seat
+        samples = _quick(seat, _short(crew.job.bench)) if seat.ok else None
     ms = median(samples.samples_ns) / 1e6 if samples is not None and samples.samples_ns else None
     if not seat.ok or ms is None:
         return _lost(crew, key, member)
     seat.sampled = samples or Samples()
-    seat.step(lambda s: _metered(crew, s))
+    with crew.ahead.still():
+        seat.step(lambda s: _metered(crew, s))
     peak, run = seat.run.peak_bytes, seat.run
     if question.limit_ms is not None and ms > question.limit_ms:
         reason = f"{ms:.4g} ms, and what may be chosen takes less than {question.limit_ms:.4g} ms: not verified"

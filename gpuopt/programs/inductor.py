@@ -24,6 +24,10 @@ QUIET = {"autotune_num_choices_displayed": 0}
 """max-autotune prints a table for every product otherwise."""
 
 
+PICKING = frozenset({"max_autotune", "max_autotune_gemm", "max_autotune_pointwise", "coordinate_descent_tuning", "triton.cudagraphs"})
+"""Settings that leave a program what it is, and pick its kernels or replay them."""
+
+
 def settings(
     backend: str, presets: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any], *, own: Iterable[str], names: str = ""
 ) -> dict[str, Any]:

@@ -191,3 +191,9 @@ def test_what_was_saved_compiles_again_and_checks_its_inputs(tmp_path: Path) -> 
     assert "compiled again from the exported program of the bundle" in again.notes
     with pytest.raises(UsageError, match="dimension 0 was built for 4 alone"):
         again(*inputs(batch=5).args)
+
+
+def test_the_fp32_stage_builds_the_same_program_without_searching_for_its_kernels() -> None:
+    options = {"preset": "max-autotune-freezing-graphed", "precision": "fp32", "dynamic": {}, "epilogue_fusion": False, "max_autotune": True}
+    assert inductor.structural(options) == {"preset": "freezing", "precision": "fp32", "dynamic": {}, "epilogue_fusion": False}
+    assert inductor.structural({"preset": "reduce-overhead"}) == inductor.structural({"preset": None}) == {"preset": "default"}

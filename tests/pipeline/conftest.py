@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterator
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 
@@ -164,11 +174,99 @@ class LocalChild:
 
     alive = True
 
+    def pause(self) -> None:
+        """Threads of one process cannot stand still."""
+
+    resume = kill = pause
+
     def __enter__(self) -> LocalChild:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Forked:
+    """subprocess.Popen for gpuopt's worker alone: a process, group and pipes of its own, but copied from this one, where torch is imported already.
+
+    A crash, a signal, a hang and a full pipe are the real ones; only `python -m` and its four seconds of imports are left out, which other tests pay for.
+    """
+
+    def __init__(self, args: list[str], *, pass_fds: tuple[int, ...], env: Mapping[str, str], **options: Any) -> None:
+        assert args[1:3] == ["-m", "gpuopt.pipeline.worker"] and options.pop("start_new_session"), args
+        assert options == {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}, options
+        self.returncode: int | None = None
+        self._lock = threading.Lock()
+        said, says = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become_worker(args, says, pass_fds, env)
+        os.close(says)
+        self.stderr = open(said, "rb")
+
+    def poll(self) -> int | None:
+        with self._lock:
+            if self.returncode is None:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+            return self.returncode
+
+    def wait(self, timeout: float = float("inf")) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("worker", timeout)
+            time.sleep(0.005)
+        return code
+
+
+def _become_worker(args: list[str], says: int, pass_fds: tuple[int, ...], env: Mapping[str, str]) -> NoReturn:
+    """What exec would have done, in the copy."""
+    code = 1
+    try:
+        os.setsid()
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for mine, wanted in ((nothing, 0), (nothing, 1), (says, 2)):
+            os.dup2(mine, wanted)
+        kept = sorted({2, *pass_fds, os.sysconf("SC_OPEN_MAX")})
+        for low, high in itertools.pairwise(kept):
+            os.closerange(low + 1, high)
+        for fd in pass_fds:
+            os.set_inheritable(fd, True)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, signal.SIG_DFL)
+        os.environ.clear()
+        os.environ.update(env)
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)
+        sys.argv = ["worker", *args[3:]]
+        warnings.resetwarnings()
+        warnings.simplefilter("ignore")
+        import torch
+
+        torch.set_num_threads(1)  # OpenMP's threads are not in the copy
+        worker.STARTED = time.monotonic()
+        worker.main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def fork_workers(patch: pytest.MonkeyPatch) -> None:
+    """From here on every isolate.Child is a copy of this process."""
+    import torch._dynamo.config  # for counting FLOPs; here once, not in every copy
+
+    from gpuopt.pipeline import session  # noqa: F401
+
+    patch.setattr(isolate, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Forked}))
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real children that start at once."""
+    fork_workers(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -211,8 +309,6 @@ def left_in(folder: Path) -> list[str]:
 @pytest.fixture
 def tools() -> Any:
     """The functions of this file, which tests cannot import."""
-    from types import SimpleNamespace
-
     return SimpleNamespace(
         candidate=candidate, job=job, Watcher=Watcher, QUICK=QUICK, left_in=left_in, fake_survey=fake_survey, LocalChild=LocalChild
     )

@@ -35,6 +35,11 @@ def main() -> None:
             os._exit(0)
         elif verb == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif verb == "count":
+            for _ in range(frame["args"]["steps"]):
+                time.sleep(0.02)
+                send({"progress": [None, "one more"]})
+            send({"ok": {"samples": {"samples_ns": [1], "clock": "fake"}}})
         elif verb == "hang":
             time.sleep(600)
         elif verb == "ignore_sigterm":

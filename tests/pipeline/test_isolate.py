@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,3 +106,31 @@ def test_closing_twice_is_harmless_and_frees_the_pipes() -> None:
     child.close()
     child.kill()
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_a_paused_child_does_nothing_and_its_time_limit_does_not_pass(child: Child) -> None:
+    child.call("echo", Measured, timeout_s=20, ns=[1])  # it has started
+    seen: list[float] = []
+    waiting = threading.Thread(
+        target=lambda: child.call("count", Measured, timeout_s=2.0, steps=40, on_progress=lambda share, note: seen.append(time.monotonic()))
+    )
+    waiting.start()
+    while len(seen) < 5:
+        time.sleep(0.01)
+    child.pause()
+    time.sleep(0.2)  # what it had sent is read
+    before = len(seen)
+    time.sleep(1.8)
+    assert len(seen) == before < 40
+    child.resume()
+    waiting.join(timeout=20)
+    assert len(seen) == 40 and child.alive, "0.8 s of work and 2 s of standing still are within a limit of 2 s"
+    assert child.call("echo", Measured, timeout_s=20, ns=[3]).samples.samples_ns == (3,)
+
+
+def test_a_child_is_ended_while_it_stands_still(child: Child) -> None:
+    child.call("echo", Measured, timeout_s=20, ns=[1])
+    child.pause()
+    began = time.monotonic()
+    child.kill()
+    assert time.monotonic() - began < 5 and not child.alive and not group_members(child.pid)

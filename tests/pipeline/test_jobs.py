@@ -19,7 +19,7 @@ from gpuopt.core import codec
 from gpuopt.core.errors import BadInput, OutOfMemory, ResourceError, Unavailable, Unsupported, UsageError
 from gpuopt.core.result import Device, Report, Samples, Stats, Status
 from gpuopt.core.spec import Gates, ModelRef
-from gpuopt.pipeline import facts, gates, groups, isolate, jobs, worker
+from gpuopt.pipeline import ahead, facts, gates, isolate, jobs, worker
 from gpuopt.pipeline import machine as machines
 from gpuopt.pipeline.isolate import Child, ChildFailed
 from gpuopt.profiling.roofline import ImpossibleFigure
@@ -51,6 +51,7 @@ def storm(models: Models, tmp_path_factory: pytest.TempPathFactory) -> tuple[Rep
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         patch.setattr(machines, "survey", tools.fake_survey)
+        tools.fork_workers(patch)
         made: list[Child] = []
 
         def child(**more: Any) -> Child:
@@ -59,7 +60,7 @@ def storm(models: Models, tmp_path_factory: pytest.TempPathFactory) -> tuple[Rep
 
         patch.setattr(isolate, "Child", child)
         candidates = [tools.candidate(models("net"), backend, N=4) for backend in FAULTS]
-        job = tools.job("bench", *candidates, bench=replace(tools.QUICK, timeout_s=20.0, max_time_s=5.0))
+        job = tools.job("bench", *candidates, bench=replace(tools.QUICK, timeout_s=10.0, max_time_s=5.0))
         report = jobs.bench(job, watcher)
         assert not any(c.alive for c in made)
     return report, watcher
@@ -103,12 +104,12 @@ def test_the_report_so_far_grows_by_one_candidate_at_a_time(storm: tuple[Report,
 
 def test_a_hang_costs_its_timeout_and_no_more(storm: tuple[Report, Any]) -> None:
     run = storm[0].runs[list(FAULTS).index("null:fail=ignore_sigterm")]
-    assert "20 s" in run.reason
+    assert "10 s" in run.reason
     assert "--timeout" in run.fix
 
 
 def test_candidates_built_at_once_end_as_they_do_one_after_the_other(
-    models: Models, tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Models, tools: Any, forked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(machines, "survey", tools.fake_survey)
@@ -117,7 +118,7 @@ def test_candidates_built_at_once_end_as_they_do_one_after_the_other(
     names = ["null", "null:fail=segv", "null:fail=ignore_sigterm", "null:sleep_ms=1"]
     candidates = [tools.candidate(models("net"), backend, N=4) for backend in names]
     began = time.monotonic()
-    report = jobs.bench(tools.job("bench", *candidates, bench=replace(tools.QUICK, timeout_s=15.0, build_jobs=3)))
+    report = jobs.bench(tools.job("bench", *candidates, bench=replace(tools.QUICK, timeout_s=8.0, build_jobs=3)))
     assert [run.status for run in report.runs] == [Status.OK, Status.CRASH, Status.TIMEOUT, Status.OK]
     assert report.runs[3].relative is not None and report.runs[3].relative.num_pairs == 6
     assert all(any("upper bounds" in note for note in run.notes) for run in report.runs)
@@ -127,17 +128,17 @@ def test_candidates_built_at_once_end_as_they_do_one_after_the_other(
 
 def test_candidates_of_a_gpu_built_at_once_share_the_cores_and_those_of_a_cpu_do_not(tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(groups.os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
-    job = tools.job("bench", bench=replace(tools.QUICK, build_jobs=3))
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    monkeypatch.setattr(ahead.os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
     gpu, cpu = (Device(id=kind, name="", kind=kind) for kind in ("cuda", "cpu"))
-    assert groups.fewer_threads(gpu, job) == {"OMP_NUM_THREADS": "5"}
-    assert groups.fewer_threads(cpu, job) == {} == groups.fewer_threads(gpu, tools.job("bench"))
+    assert ahead.share_of_cores(gpu, 3) == {"OMP_NUM_THREADS": "5", "TORCHINDUCTOR_COMPILE_THREADS": "5"}
+    assert ahead.share_of_cores(cpu, 3) == {} == ahead.share_of_cores(gpu, 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert groups.fewer_threads(gpu, job) == {}, "the user's own number stands"
+    assert ahead.share_of_cores(gpu, 3) == {"TORCHINDUCTOR_COMPILE_THREADS": "5"}, "the user's own number stands"
 
 
 def test_an_interrupt_while_several_are_being_built_leaves_no_child_and_waits_for_none(
-    models: Models, tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Models, tools: Any, forked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(machines, "survey", tools.fake_survey)
@@ -325,7 +326,9 @@ def test_a_save_that_fails_keeps_the_old_bundle(backend: str, local: Any, models
     assert tools.left_in(tmp_path) == ["out"]
 
 
-def test_a_child_that_dies_while_it_saves_is_a_failed_compile(models: Models, tools: Any, unmeasured: None, tmp_path: Path) -> None:
+def test_a_child_that_dies_while_it_saves_is_a_failed_compile(
+    models: Models, tools: Any, unmeasured: None, forked: None, tmp_path: Path
+) -> None:
     """torch.export.save aborts the process on a full disk."""
     candidate = tools.candidate(models("net"), "null:fail=abort,at=save", N=4)
     report = jobs.compile(tools.job("compile", candidate, output=str(tmp_path / "out")))

@@ -192,3 +192,43 @@ def test_a_dead_processs_folder_is_swept_and_a_live_ones_stays(tmp_path: Path) -
 def test_without_a_cache_that_can_be_written_children_share_nothing(tmp_path: Path) -> None:
     (tmp_path / "references").write_text("a file")
     assert commons.environment(tmp_path) == {commons.VARIABLE: ""}
+
+
+def test_candidates_that_differ_in_tuning_alone_share_their_fp32_stage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpuopt.core.spec import BackendSpec, Candidate, InputSpec, Tolerance, Transforms
+    from gpuopt.pipeline.session import Session
+
+    monkeypatch.setenv(commons.VARIABLE, str(folder))
+    built: list[tuple[str, str]] = []
+    construct = Session._construct
+
+    def noted(self: Any, candidate: Any, model: Any, precision: Precision, **more: Any) -> Any:
+        options = more.get("options") or self._options(candidate, precision)
+        built.append((precision.value, str(options["preset"])))
+        return construct(self, candidate, model, precision, **more)
+
+    monkeypatch.setattr(Session, "_construct", noted)
+
+    def stages(preset: str, transforms: Transforms) -> list[str]:
+        candidate = Candidate(
+            model=ModelRef(text="net"),
+            inputs=InputSpec(),
+            precision=Precision.BF16,
+            backend=BackendSpec(name="inductor", preset=preset),
+            transforms=transforms,
+            device="cpu",
+        )
+        given = Inputs(args=(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)),))
+        session = Session()
+        session.adopt(candidate, net(), given)
+        session.build()
+        accuracy = session.verify(Tolerance(), "full").accuracy
+        session.close()
+        assert accuracy.passed
+        return [stage.name for stage in accuracy.stages]
+
+    for preset in ("default", "max-autotune-no-cudagraphs"):
+        assert stages(preset, Transforms())[0] == "structure"
+    assert stages("default", Transforms(keep_fp32=("2",)))[0] == "structure"
+    fp32 = [preset for precision, preset in built if precision == "fp32"]
+    assert fp32 == ["default", "default"], built  # the second is for the other transforms
