@@ -21,6 +21,7 @@ from gpuopt.programs import inductor as compiler
 from gpuopt.programs.plain import copied, plain
 from gpuopt.programs.sample import widened, zeros
 from gpuopt.programs.weigh import tally_for
+from gpuopt.programs.wide_rows import wide_rows
 
 FORMS = frozenset({"module", "exported"})
 
@@ -48,7 +49,7 @@ and Inductor's trees of graphs, which decide in Python what to replay: worth it 
 _GRAPHED = "graphed"
 """Ending of the presets whose code we record."""
 
-_OWN = frozenset({"preset", "precision", "dynamic", "static_outputs", "fullgraph", "trust", "signed_by_us"})
+_OWN = frozenset({"preset", "precision", "dynamic", "static_outputs", "wide_rows", "fullgraph", "trust", "signed_by_us"})
 
 
 def available(device: str) -> str | None:
@@ -80,7 +81,7 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> InductorR
     """Compile and call until nothing compiles any more.
 
     `options`: `preset`, `precision`, `dynamic`; `fullgraph=true` makes a graph break an error; `static_outputs=true` returns CUDA-graph memory
-    that the next call overwrites; anything else is a setting of Inductor by its own name (`epilogue_fusion=false`).
+    that the next call overwrites; `wide_rows=true` reduces rows of up to 8,192 elements in one piece; anything else is a setting of Inductor by its own name (`epilogue_fusion=false`).
     The `graphed` presets record one CUDA graph a shape: of the inputs' shape here, with `dynamic` of any other when it is first called with (`capture.KEPT` are kept).
     Raises UsageError for an unknown preset or setting, Unsupported when nothing was captured, the preset needs a GPU, or what was compiled cannot be recorded; what the compiler
     raises goes through.
@@ -138,6 +139,7 @@ class InductorRunner:
         self._reader = compiler.GraphReader(tally_for(device))
         self._graphs = bool(settings.get("triton.cudagraphs"))
         self._is_static = bool(options.get("static_outputs", False))
+        self._has_wide_rows = bool(options.get("wide_rows", False))
         self._is_recording = str(options.get("preset")).endswith(_GRAPHED)
         self._recorded: capture.Graphs | None = None
         self._skipped = 0
@@ -173,6 +175,7 @@ class InductorRunner:
         with (
             self._heard.listening(),
             compiler.reading(self._generated),
+            wide_rows(self._has_wide_rows),
             torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096),
         ):
             if self._dynamic:
@@ -276,7 +279,7 @@ class InductorRunner:
 
 def _settings(options: Mapping[str, Any], device: str) -> tuple[dict[str, Any], list[str]]:
     """Inductor settings of a preset plus the user's own, and what had to be left out. Raises UsageError and Unsupported."""
-    settings = compiler.settings("inductor", PRESETS, options, own=_OWN, names="static_outputs, fullgraph, or ")
+    settings = compiler.settings("inductor", PRESETS, options, own=_OWN, names="static_outputs, wide_rows, fullgraph, or ")
     preset = options.get("preset") or "default"
     notes = []
     if preset.endswith(_GRAPHED) and settings["triton.cudagraphs"]:

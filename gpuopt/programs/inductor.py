@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch._inductor import cpp_builder, exc
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.graph import GraphLowering
 
 from gpuopt.core.errors import UsageError
 from gpuopt.core.tally import Tally
@@ -24,7 +23,9 @@ QUIET = {"autotune_num_choices_displayed": 0}
 """max-autotune prints a table for every product otherwise."""
 
 
-PICKING = frozenset({"max_autotune", "max_autotune_gemm", "max_autotune_pointwise", "coordinate_descent_tuning", "triton.cudagraphs"})
+PICKING = frozenset(
+    {"max_autotune", "max_autotune_gemm", "max_autotune_pointwise", "coordinate_descent_tuning", "triton.cudagraphs", "wide_rows"}
+)
 """Settings that leave a program what it is, and pick its kernels or replay them."""
 
 
@@ -68,6 +69,9 @@ def reading(into: list[generated.Generated]) -> Iterator[None]:
     a process: the method is put back as it was.
     """
     with _ONE_READER:
+        # Here and not above: it brings in every lowering and template, three seconds that whoever only asks what a backend can do would wait for.
+        from torch._inductor.graph import GraphLowering
+
         original = GraphLowering.codegen
         places: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 

@@ -194,6 +194,56 @@ def test_what_was_saved_compiles_again_and_checks_its_inputs(tmp_path: Path) -> 
 
 
 def test_the_fp32_stage_builds_the_same_program_without_searching_for_its_kernels() -> None:
-    options = {"preset": "max-autotune-freezing-graphed", "precision": "fp32", "dynamic": {}, "epilogue_fusion": False, "max_autotune": True}
+    options = {
+        "preset": "max-autotune-freezing-graphed",
+        "precision": "fp32",
+        "dynamic": {},
+        "epilogue_fusion": False,
+        "max_autotune": True,
+    }
     assert inductor.structural(options) == {"preset": "freezing", "precision": "fp32", "dynamic": {}, "epilogue_fusion": False}
     assert inductor.structural({"preset": "reduce-overhead"}) == inductor.structural({"preset": None}) == {"preset": "default"}
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_wide_rows_ask_for_rows_in_one_piece_up_to_their_limit_and_only_while_compiling(
+    wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Inductor asks of its choices, with the graph it asks about made up: a CPU's code has no such choice."""
+    import sympy
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.virtualized import V
+
+    from gpuopt.programs.wide_rows import WideRows, wide_rows
+
+    class Rows:
+        def __init__(self, length: int, hint: ReductionHint = ReductionHint.INNER) -> None:
+            self.reduction_numel, self.numel, self._hint = sympy.Integer(length), sympy.Integer(64), hint
+
+        def get_reduction_hint(self) -> ReductionHint:
+            return self._hint
+
+    class Graph:
+        class sizevars:
+            @staticmethod
+            def statically_known_leq(left: Any, right: int) -> bool:
+                return bool(left <= right)
+
+            @staticmethod
+            def optimization_hint(size: Any) -> int:
+                return int(size)
+
+    with V.set_graph_handler(Graph()), wide_rows(wanted):
+        assert isinstance(V.choices, WideRows) is wanted
+        one_piece = {n: V.choices.should_use_persistent_reduction(Rows(n), False) for n in (512, 4096, 8192, 8193)}
+        assert one_piece == {512: True, 4096: wanted, 8192: wanted, 8193: False}
+        assert not V.choices.should_use_persistent_reduction(Rows(4096, ReductionHint.OUTER), False)
+        assert not V.choices.should_use_persistent_reduction(Rows(4096), True)
+    assert type(V.choices) is InductorChoices
+
+
+def test_wide_rows_compile_and_are_no_setting_of_inductors() -> None:
+    given = Inputs(args=(torch.randn(4, 16),))
+    runner = inductor.build(Model(form="module", name="n", module=torch.nn.Linear(16, 8).eval()), given, {"wide_rows": True})
+    assert runner(*given.args).shape == (4, 8)

@@ -53,7 +53,7 @@ def layer(to: Precision, num_in: int = 64, num_out: int = 48, *, by_row: bool = 
 
 
 def snr_db(reference: Tensor, found: Tensor) -> float:
-    wanted, got = reference.detach().double(), found.detach().double()
+    wanted, got = reference.detach().cpu().double(), found.detach().cpu().double()
     return float(10 * torch.log10(wanted.square().mean() / (got - wanted).square().mean()))
 
 

@@ -21,7 +21,7 @@ from gpuopt.core import codec
 from gpuopt.core.errors import GpuoptError, ResourceError, UsageError
 from gpuopt.core.result import Report, Status
 from gpuopt.core.search import SearchSpec
-from gpuopt.core.spec import BackendSpec, Job
+from gpuopt.core.spec import BackendSpec, Job, Precision
 from gpuopt.pipeline import isolate, journal
 from gpuopt.pipeline.optimize import optimize
 
@@ -45,15 +45,15 @@ def outcomes(report: Report) -> dict[str, str]:
     return {t.label.removeprefix("as is "): t.outcome for t in report.search.trials}
 
 
-@pytest.mark.slow  # it hangs on who is faster by some milliseconds: not while other tests take the cores
 def test_the_fastest_that_is_right_wins_and_is_written(local: Any, tools: Any, models: Models, tmp_path: Path) -> None:
-    job = asked(tools, models("net"), "null:sleep_ms=2", "null:sleep_ms=1,fail=wrong", "null:sleep_ms=20", output=str(tmp_path / "fast"))
+    others = ("null:sleep_ms=6", "null:sleep_ms=1,fail=wrong", "null:sleep_ms=90")
+    job = asked(tools, models("net"), *others, base="null:sleep_ms=30", output=str(tmp_path / "fast"))
     report = optimize(job)
     found = report.search
     assert found is not None and found.choice is not None and not found.choice.keeps_input
-    assert outcomes(report)["null sleep_ms=2"] == "chosen"
+    assert outcomes(report)["null sleep_ms=6"] == "chosen"
     assert outcomes(report)["null sleep_ms=1 fail=wrong"] == "accuracy_fail"
-    assert found.choice.speedup == pytest.approx(3.0, rel=0.2)
+    assert found.choice.speedup == pytest.approx(5.0, rel=0.4)  # other tests may take the cores: gaps are wide
     assert tools.left_in(tmp_path) == ["fast", "fast.search.jsonl"]
     assert found.economics is not None and found.economics.artifact_bytes
     assert codec.from_json(Report, codec.to_json(report)) == report
@@ -68,11 +68,11 @@ def test_whatever_lies_never_wins(local: Any, tools: Any, models: Models) -> Non
     assert len(tried) >= 3 and all(t.outcome not in ("chosen", "finalist", "screened") and t.reason for t in tried)
 
 
-@pytest.mark.slow  # it hangs on who is faster by some milliseconds: not while other tests take the cores
 def test_whatever_fails_costs_itself_alone(local: Any, tools: Any, models: Models) -> None:
     failures = ("compile", "unsupported", "unavailable", "oom_device", "memory_error", "run_error", "disk_full")
-    report = optimize(asked(tools, models("net"), *(f"null:sleep_ms=1,fail={failure}" for failure in failures), "null:sleep_ms=2"))
-    assert outcomes(report)["null sleep_ms=2"] == "chosen"
+    others = (*(f"null:sleep_ms=1,fail={failure}" for failure in failures), "null:sleep_ms=6")
+    report = optimize(asked(tools, models("net"), *others, base="null:sleep_ms=30"))
+    assert outcomes(report)["null sleep_ms=6"] == "chosen"
     assert report.search is not None
     tried = [t for t in report.search.trials if "fail=" in t.label and t.seconds is not None]
     assert len(tried) >= 3
@@ -87,6 +87,25 @@ def test_a_seeded_crowd_of_wrong_and_slow_backends_never_wins(local: Any, tools:
     crowd += [f"null:sleep_ms={draw.uniform(8, 15):.1f}" for _ in range(3)]
     report = optimize(asked(tools, models("net"), *crowd))
     assert report.search is not None and report.search.choice is not None and report.search.choice.keeps_input
+
+
+@pytest.mark.parametrize("asked_for", [None, "fp32"])
+def test_what_runs_in_another_precision_than_it_says_is_called_what_it_runs_in(
+    local: Any, tools: Any, models: Models, asked_for: str | None
+) -> None:
+    """Its outputs are right and it is faster. Where a precision was asked for it is refused; where none was, it goes by the name of what it computes in."""
+    job = asked(tools, models("net"), "null:sleep_ms=1,fail=dtype_lie", base="null:sleep_ms=8")
+    first = replace(job.candidates[0], precision=Precision(asked_for) if asked_for else None)
+    report = optimize(replace(job, candidates=(first,)))
+    assert report.search is not None and report.search.choice is not None
+    (liar,) = (t for t in report.search.trials if "dtype_lie" in t.label)
+    run = next(r for r in report.runs if "fail" in r.options)
+    if asked_for:
+        assert liar.outcome == "unsupported" and "precision not honoured" in liar.reason and report.search.choice.keeps_input
+    else:
+        assert run.precision == "fp64" and any("another precision than the model's" in note for note in run.notes)
+    honest = next(r for r in report.runs if "fail" not in r.options)
+    assert honest.precision == "fp32"
 
 
 def test_where_nothing_is_faster_the_bundle_is_the_input(local: Any, tools: Any, models: Models, tmp_path: Path) -> None:
@@ -195,6 +214,54 @@ def test_throughput_without_a_batch_starts_where_the_model_does(local: Any, tool
     assert max(t.batch or 0 for t in report.search.trials if t.screened_ms) > 1, "a call takes as long whatever its batch: more is better"
 
 
+# -- a machine that others use ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["measure", "profile"])
+def test_an_input_that_cannot_be_traced_is_searched_for_all_the_same_and_says_so(
+    local: Any, tools: Any, models: Models, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A busy machine's times lie above its own ceilings however often these are measured again: the trace is given up, the search is not."""
+    from gpuopt.pipeline.session import Session
+    from gpuopt.profiling.roofline import ImpossibleFigure
+    from gpuopt.reports import console
+
+    def impossible(*_: object, **__: object) -> None:
+        if step == "measure":
+            raise ResourceError("this machine is too busy to be measured", fix="stop what else runs on it")
+        raise ImpossibleFigure("fp32: 99 GFLOP/s is above the measured 12 GFLOP/s")
+
+    monkeypatch.setattr(Session, step, impossible)
+    watcher = tools.Watcher()
+    job = asked(tools, models("net"), "null:sleep_ms=1")
+    report = optimize(job, watcher)
+    found = report.search
+    assert found is not None and found.choice is not None, found
+    (base, other) = found.trials
+    assert other.outcome not in ("planned", "pruned") and other.screened_ms, "it was tried"
+    assert other.predicted_ms is not None and base.screened_ms is not None
+    assert "too busy" in base.note and "its FLOPs, its bytes and the ceilings" in base.note
+    assert any("no trace of eager" in w or "no trace of" in w for w in watcher.warnings)
+    assert "too busy" in " ".join(console.text(report, width=140).split())
+
+
+def test_ceilings_that_the_input_beats_rule_nothing_out(local: Any, tools: Any, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A floor above the time of the input is one of a busy minute: by it no candidate could be faster, and none would be built."""
+    from gpuopt.core.result import Bounds
+    from gpuopt.pipeline import explaining
+
+    monkeypatch.setattr(
+        explaining.roofline_bounds, "build", lambda *_, **__: Bounds(precision="fp32", unfused_ms=900.0, fused_ms=800.0, kind="measured")
+    )
+    monkeypatch.setattr(explaining, "profiled", _too_busy)
+    found = optimize(asked(tools, models("net"), "null:sleep_ms=1")).search
+    assert found is not None and found.trials[1].screened_ms is not None and found.trials[1].bound_ms is None
+
+
+def _too_busy(*_: object) -> None:
+    raise ResourceError("this machine is too busy to be measured", fix="stop what else runs on it")
+
+
 # -- interrupted -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -270,12 +337,11 @@ def killed_and_resumed(job: Job, path: Path, kills: int, seed: int) -> list[dict
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
-@pytest.mark.slow  # it hangs on who is faster by some milliseconds: not while other tests take the cores
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_any_instant_and_resumed_the_report_is_the_same(
     local: Any, tools: Any, models: Models, tmp_path: Path, kills: int
 ) -> None:
-    job = asked(tools, models("net"), "null:sleep_ms=2", "null:sleep_ms=1,fail=wrong")
+    job = asked(tools, models("net"), "null:sleep_ms=6", "null:sleep_ms=1,fail=wrong", base="null:sleep_ms=30")
     *found, whole = killed_and_resumed(job, tmp_path, kills, seed=kills)
     for one in found:
         assert one == whole
