@@ -1,7 +1,7 @@
 """gpuopt: profile, convert, compile and bench models against the roofline, with proof.
 
 The verbs of the command line are functions here: `gpuopt.profile(model, inputs)`, `gpuopt.bench(model, inputs)`,
-`gpuopt.convert(model, ...)`, `gpuopt.compile(model, inputs, ...)`, `gpuopt.load("bundle/")`, `gpuopt.optimize(model, inputs)`.
+`gpuopt.convert(model, ...)`, `gpuopt.compile(model, inputs, ...)`, `gpuopt.load("bundle/")`, `gpuopt.optimize(model, inputs)`, `gpuopt.stream(model, budget="8GiB")`.
 `with gpuopt.record() as seen:` observes a program.
 """
 
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from gpuopt._version import __version__
 
 if TYPE_CHECKING:
-    from gpuopt.api import bench, compile, convert, load, optimize, profile
+    from gpuopt.api import bench, compile, convert, load, optimize, profile, stream
     from gpuopt.script.recorder import record
 
-__all__ = ["__version__", "bench", "compile", "convert", "load", "optimize", "profile", "record"]
+__all__ = ["__version__", "bench", "compile", "convert", "load", "optimize", "profile", "record", "stream"]
 
 
 def __getattr__(name: str) -> Any:

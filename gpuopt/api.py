@@ -7,6 +7,7 @@
     fast = gpuopt.load("fast/"); y = fast(x)
     best = gpuopt.optimize(model, x, output="best/"); y = best.model(x)
     whole = gpuopt.optimize(pipe, run=lambda: pipe(prompt)); print(whole); whole.restore()
+    big = gpuopt.stream(model, budget="8GiB", inputs=x); y = big(x); print(big.plan.predicted_ms); big.close()
 
 Nothing is isolated here but the candidates of `optimize`: a backend that crashes takes the caller with it. The command line runs each in a process of its own.
 """
@@ -29,10 +30,11 @@ from gpuopt.core.errors import GateFailed, GpuoptError, ResourceError, Unsupport
 from gpuopt.core.result import SCHEMA_VERSION, Count, Device, Report, Run, Samples, Status
 from gpuopt.core.search import SearchSpec
 from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, ModelRef, Precision, Tolerance, Transforms
-from gpuopt.pipeline import anchor, facts, figures, livemodel, manifests, pairs, whole
+from gpuopt.pipeline import anchor, facts, figures, livemodel, manifests, pairs, streaming, whole
 from gpuopt.pipeline.searched import Optimized, optimized
 from gpuopt.pipeline.seats import MIN_ANCHOR_BLOCKS
 from gpuopt.pipeline.session import Session
+from gpuopt.pipeline.stream_live import StreamedModule, streamed
 from gpuopt.pipeline.whole import OptimizedPipeline
 from gpuopt.pipeline.worker import classify
 
@@ -118,6 +120,42 @@ def bench(
         if first is not None and index != first:
             runs[index] = figures.relative(runs[index], samples[first], samples[index])
     return _report("bench", found, runs)
+
+
+def stream(
+    model: torch.nn.Module,
+    *,
+    budget: str,
+    inputs: Any = None,
+    device: str = "auto",
+    generate: int | None = None,
+    pin_limit: str | None = None,
+    disk: str | None = None,
+    slots: int | None = None,
+    granularity: str = "block",
+    embed: str = "device",
+    compile: bool = False,
+    once: bool = False,
+) -> StreamedModule:
+    """`model` within a budget of device memory: blocks stay as far as it goes, the others are copied in time. Ready to call, `generate()` included.
+
+    budget: `"8GiB"` of device memory in all, or `"50%"` of the weights on the device. inputs: of a typical call (a tensor, a tuple, or a dict of keyword
+    arguments; the prompt where `generate` tokens are made), on which units are timed; without them compute is estimated. device: `cuda`, or
+    `simulated:link=25e9` for one on paper. The answer has `.plan` and `.close()`, which gives the weights back on the CPU; it is a context manager, too.
+
+    Raises ResourceError where the budget is too small, with the numbers and the setting that would lower it; UsageError for a module in training mode.
+    """
+    spec = streaming.spec_of(
+        budget,
+        pin_limit_bytes=None if pin_limit is None else units.parse_bytes(pin_limit),
+        disk=disk,
+        num_slots=slots,
+        granularity=granularity,
+        embed=embed,
+        compile=compile,
+        once=once,
+    )
+    return streamed(model, inputs, spec, device=device, generate=generate)
 
 
 @dataclass(slots=True)
@@ -262,7 +300,12 @@ def optimize(
 
 
 def load(bundle: str | Path, *, device: str = "auto", trust: Sequence[str] = ()) -> Callable[..., Any]:
-    """A bundle -> a callable that checks shapes, dtypes and devices before it runs. Close it with `.close()`, or let the process end."""
+    """A bundle -> a callable that checks shapes, dtypes and devices before it runs. Close it with `.close()`, or let the process end.
+
+    It returns what the model it was built from returns: the same nest of dicts, tuples and named classes (a class that is not importable here comes as a namedtuple or dict of
+    the same names), with tensors in the dtype that the artifact computes in. A bundle that does not know its model's nest (built from an ONNX or TorchScript file, from a model that
+    returns caches, or by an older gpuopt) gives the outputs as its backend does: by name in a dict, or in order.
+    """
     session = Session()
     candidate = Candidate(model=ModelRef(text=str(bundle), trust=tuple(trust)), device=device)
     try:
@@ -282,6 +325,7 @@ class Loaded:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._runner = session.runner()
+        self._around = session.around()
         names, self._positional = session.call_form()
         self._names = names
         self._keywords = frozenset(names[self._positional :])
@@ -290,11 +334,12 @@ class Loaded:
         return f"gpuopt.load(...) -> a callable of {', '.join(self._names)}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run once, without gradients. Inputs may be given by position or by name, however the artifact itself takes them."""
+        """Run once, without gradients. Inputs may be given by position or by name, however the artifact itself takes them; outputs nest as the model's own."""
         if len(args) != self._positional or kwargs.keys() != self._keywords:
             bound = list(binding.bind(self._names, args, kwargs).items())
             args, kwargs = tuple(value for _, value in bound[: self._positional]), dict(bound[self._positional :])
-        return self._runner(*args, **kwargs)
+        outputs = self._runner(*args, **kwargs)
+        return outputs if self._around is None else self._around(outputs)
 
     def close(self) -> None:
         """Give back device memory."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -152,6 +153,35 @@ def test_a_compiled_bundle_comes_back_takes_either_call_and_refuses_other_shapes
             fast(*wrong)
     fast.close()
     fast.close()
+
+
+class Answer(NamedTuple):
+    words: torch.Tensor
+    more: Any
+
+
+class Nested(Words):
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+        out = super().forward(ids, mask)
+        return Answer(words=out, more={"sum": out.sum(-1), "nothing": None})
+
+
+@pytest.mark.parametrize("backend", ["null", "ort"])
+def test_a_bundle_returns_the_nest_of_its_model(backend: str, tmp_path: Path) -> None:
+    """As `gpuopt.optimize(...).model` does: an ONNX graph alone would give tensors by name."""
+    if backend == "ort":
+        pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    module = Nested().eval()
+    given = (torch.tensor([[1, 2, 49]]), torch.ones(1, 3))
+    gpuopt.compile(module, given, backend=backend, output=tmp_path / "b", spec=QUICK)
+    fast = gpuopt.load(tmp_path / "b")
+    out, wanted = fast(*given), module(*given)
+    assert type(out) is Answer and list(out.more) == ["sum", "nothing"] and out.more["nothing"] is None
+    assert torch.allclose(out.words, wanted.words, atol=1e-5) and torch.allclose(out.more["sum"], wanted.more["sum"], atol=1e-5)
+    fast.close()
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    assert "outputs.json" in {f["name"] for f in manifest["files"]}
 
 
 def test_a_bundle_is_verified_again_on_the_callers_own_tensors(tmp_path: Path) -> None:

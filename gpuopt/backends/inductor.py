@@ -21,7 +21,6 @@ from gpuopt.programs import inductor as compiler
 from gpuopt.programs.plain import copied, plain
 from gpuopt.programs.sample import widened, zeros
 from gpuopt.programs.weigh import tally_for
-from gpuopt.programs.wide_rows import wide_rows
 
 FORMS = frozenset({"module", "exported"})
 
@@ -166,6 +165,8 @@ class InductorRunner:
 
     def compile(self, inputs: Inputs) -> None:
         """First calls: everything that compiles, warms up or records a graph happens here, and what it gave up on is noted."""
+        from gpuopt.programs.wide_rows import wide_rows  # with every lowering there is: not for those who only ask what this backend can do
+
         accepts = None
         if self._is_recording:
             accepts = replace(self.accepts or Accepts.of(inputs, self._dynamic), any_layout=True, align_bytes=1)

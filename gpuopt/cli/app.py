@@ -33,6 +33,7 @@ from gpuopt.cli.optimize import optimize
 from gpuopt.cli.profile import profile
 from gpuopt.cli.report import report
 from gpuopt.cli.run import run as run_recipe
+from gpuopt.cli.stream import stream
 from gpuopt.cli.trust import trust
 from gpuopt.core.errors import GpuoptError
 
@@ -54,6 +55,7 @@ app = typer.Typer(
 COMMANDS: dict[str, dict[str, Callable[..., int]]] = {
     "Ask about a model": {"profile": profile, "doctor": doctor, "bench": bench, "compare": compare},
     "Make it faster": {"optimize": optimize, "compile": compile_, "convert": convert},
+    "Make it fit": {"stream": stream},
     "This machine": {"device": device, "backends": backends, "trust": trust},
     "Again": {"run": run_recipe, "report": report},
 }

@@ -24,7 +24,7 @@ def run(
     """
     from gpuopt.cli import request as r
     from gpuopt.cli import show
-    from gpuopt.pipeline import jobs, optimize
+    from gpuopt.pipeline import jobs, optimize, streaming
     from gpuopt.pipeline import recipe as recipes
 
     job = recipes.read(Path(recipe), device=device, output=output, force=force, command=r.command_line())
@@ -33,6 +33,7 @@ def run(
         "profile": jobs.profile,
         "bench": jobs.bench,
         "optimize": optimize.optimize,
+        "stream": streaming.stream,
         "convert": jobs.convert,
         "compile": jobs.compile,
         "backends": jobs.backends,

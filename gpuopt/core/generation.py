@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PLACED = "the weights are on the device"
+"""A child says so in its progress: host memory is free for the next one's."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateSpec:
@@ -109,6 +112,8 @@ class GenerationBuilt:
     kv_bytes_a_sequence: float | None = None
     full_kv_bytes_a_sequence: float | None = None
     """At its last token."""
+    call_s: float | None = None
+    """A whole generation when everything was built, not timed with care: who is much slower than the others is not timed in turns with them."""
     notes: tuple[str, ...] = ()
 
 

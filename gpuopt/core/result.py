@@ -9,6 +9,7 @@ from typing import Any
 from gpuopt.core.generation import Generated
 from gpuopt.core.search import Search
 from gpuopt.core.spec import BackendSpec, Change, Precision
+from gpuopt.core.streamed import StreamReport
 from gpuopt.core.sweep import Sweep
 
 SCHEMA_VERSION = 1
@@ -702,6 +703,8 @@ class Report:
     """Curves over batch on several devices, and where they cross."""
     search: Search | None = None
     """`optimize`: what was tried, what was chosen, and why."""
+    streamed: StreamReport | None = None
+    """`stream`: plans, what runs of them took against bound and prediction, rivals and checks."""
 
     def device_of(self, run: Run) -> Device | None:
         """The device this run's figures are held against."""

@@ -57,6 +57,8 @@ class Trial:
     """Its settings in words: `fp16 inductor:reduce-overhead no_mask, N=8`."""
     origin: str
     """Where it came from: `input`, `space`, `batch`, or the rule of the doctor that asked for it."""
+    note: str = ""
+    """What a reader has to know of it besides: that it could not be traced, and what the search did without."""
     outcome: str = "planned"
     """`planned`, `pruned`, `screened`, `finalist`, `chosen`, or the status that ended it (`accuracy_fail`, `oom_device`, …)."""
     reason: str = ""

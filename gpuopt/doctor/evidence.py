@@ -47,6 +47,8 @@ class Evidence:
     precision: str | None = None
     """What the candidate was asked to run in."""
     transforms: tuple[str, ...] = ()
+    rewrites: Mapping[str, str] = field(default_factory=dict)
+    """gpuopt's rewrite of a module's code -> "" where it would change something in this one, else why not; empty where nobody asked."""
     input_mode: str = "device"
     batch: int = 1
     flags: Mapping[str, Any] = field(default_factory=dict)
@@ -77,6 +79,10 @@ class Evidence:
     packages: Mapping[str, str] = field(default_factory=dict)
     """Installed distributions that matter, name -> version."""
     script: Script | None = None
+
+    def can_rewrite(self, name: str) -> bool:
+        """Whether this rewrite applies and has not been made."""
+        return self.rewrites.get(name) == "" and name not in {text.partition(":")[0] for text in self.transforms}
 
     @property
     def on_gpu(self) -> bool:

@@ -33,14 +33,15 @@ class Generates(Protocol):
 class GenerationRunner:
     """`runner(*args, **kwargs)` takes what the model's forward takes and returns the new tokens [batch, n], int64."""
 
-    def __init__(self, subject: Subject, way: Generates, names: Sequence[str], device: str) -> None:
-        self.device = device
+    def __init__(self, subject: Subject, way: Generates, names: Sequence[str], device: str, *, longest: int | None = None) -> None:
+        """`longest`: tokens a prompt is cut to; None takes it as it is."""
+        self.device, self._longest = device, longest
         self._subject, self._way, self._names = subject, way, tuple(names)
         self._seen: deque[marks.Marks] = deque(maxlen=KEPT)
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         found = marks.for_device(self.device)
-        prompt = self._subject.prompt(bind(self._names, args, kwargs))
+        prompt = self._subject.shortened(self._subject.prompt(bind(self._names, args, kwargs)), self._longest)
         found()
         tokens = self._way(prompt, found)
         self._seen.append(found)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from gpuopt.core.errors import UsageError
-from gpuopt.generation import Way
+from gpuopt.generation import Way, attending
 from gpuopt.generation.launching import Launch, Launcher
 from gpuopt.generation.loop import Loop
 from gpuopt.generation.programs import Crossed, Decoder, Filling
@@ -59,7 +60,7 @@ class Stepped:
         Raises UsageError for a prompt that is longer than the cache was made for, or of another batch.
         """
         loop = self.loop
-        with torch.no_grad():
+        with torch.no_grad(), self._attending():
             self._fill(prompt)
             if mark is not None:
                 mark()
@@ -119,6 +120,10 @@ class Stepped:
         self.launcher.close()
         self._fillings.clear()
         self._step = None
+
+    def _attending(self) -> AbstractContextManager[None]:
+        """Without a compiler the kernels that come with torch are the better ones."""
+        return attending.in_place(self.subject.module) if self.launcher.way.compiles else nullcontext()
 
     def _fill(self, prompt: Prompt) -> None:
         bucket = self.bucket(prompt)

@@ -97,6 +97,16 @@ class Subject:
         """Tokens of a text; None for anything else."""
         return prompt[self.main_input].shape[1] if self.reads_text else None
 
+    def shortened(self, prompt: Prompt, longest: int | None) -> dict[str, torch.Tensor]:
+        """A text of at most `longest` tokens, the first ones; None leaves it."""
+        return {n: t if longest is None else t[:, :longest].contiguous() for n, t in prompt.items()}
+
+    def fitting(self, new_tokens: int) -> int | None:
+        """The longest prompt with an answer of `new_tokens`, which may be none at all; None where there is no limit."""
+        if self.positions is None:
+            return None
+        return self.positions if self.is_crossed else self.positions - new_tokens
+
     def require_positions(self, prompt: int | None, new_tokens: int) -> None:
         """Raises UsageError where prompt and answer together are longer than the model's positions."""
         if self.positions is None:
@@ -104,7 +114,9 @@ class Subject:
         longest = new_tokens if self.is_crossed else (prompt or 0) + new_tokens
         if longest > self.positions or (prompt or 0) > self.positions:
             what = f"{new_tokens} new tokens" if self.is_crossed else f"a prompt of {prompt} and {new_tokens} new tokens"
-            raise UsageError(f"{what} do not fit the model's {self.positions} positions", fix="a smaller --dim S=… or --generate N")
+            left = self.positions - (0 if self.is_crossed else prompt or 0)
+            fix = f"--generate {left}, or a smaller --dim S=…" if 0 < left < new_tokens else "a smaller --dim S=…"
+            raise UsageError(f"{what} do not fit the model's {self.positions} positions", fix=fix)
 
     def config(self, new_tokens: int, *, stop_at_eos: bool, **more: Any) -> GenerationConfig:
         """Greedy decoding, and nothing else that generate() can do."""

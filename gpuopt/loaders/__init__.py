@@ -9,6 +9,7 @@ from gpuopt.core.errors import BadInput, UsageError
 from gpuopt.core.live import Model
 from gpuopt.core.registry import resolve
 from gpuopt.core.spec import ModelRef
+from gpuopt.loaders import named
 from gpuopt.trust.policy import POLICY, Format, classify, printable
 
 LOADERS: dict[str, str] = {
@@ -24,6 +25,7 @@ LOADERS: dict[str, str] = {
 }
 """Form -> `module:function` of `(ref, path) -> Model`. A row is all a new format needs here; what opens its files goes into trust/gate.py."""
 
+FACTORY_EXAMPLE = "gpuopt.models:resnet101, or my_model.py:build"
 _EXTRAS = {Format.ONNX: "onnx", Format.TRANSFORMERS: "hf"}
 _BUILT = {
     Format.AOTI: "name the bundle folder it lies in: gpuopt bench BUNDLE",
@@ -37,22 +39,42 @@ def load(ref: ModelRef) -> Model:
     Tried in this order: `hf:ID@REVISION`, a path that exists, `file.py:factory`, `package.module:factory`. Raises UsageError when nothing of that
     name exists, Untrusted, BadInput, GateFailed (NaN weights) and Unavailable as the form's loader says.
     """
-    text = ref.text
-    if not text or "\0" in text or "\n" in text or "\r" in text:
-        raise UsageError(f"{printable(text)!r} names no model", fix="name a file, a folder, hf:ID@REVISION or package.module:factory")
-    if text.startswith("hf:"):
+    if ref.text.startswith("hf:"):
+        _require_text(ref.text)
         return _call("gpuopt.loaders.huggingface:load_hub", ref, None, extra="hf")
+    found = _form(ref.text)
+    if found is None:
+        return _call("gpuopt.loaders.factory:load", ref, None)
+    return _call(LOADERS[found], ref, Path(ref.text), extra=_EXTRAS.get(found))
+
+
+def require(text: str) -> None:
+    """Nothing where `text` may name a model; else raises the UsageError or BadInput that `load` would: at once, without opening a model or running anybody's code."""
+    if text.startswith("hf:"):
+        _require_text(text)
+    elif _form(text) is None:
+        named.require(text, FACTORY_EXAMPLE)
+
+
+def _form(text: str) -> Format | None:
+    """What lies at a path; None for a factory. Raises UsageError, BadInput."""
+    _require_text(text)
     path = Path(text)
     if not _exists(path):
         if ":" in text:
-            return _call("gpuopt.loaders.factory:load", ref, None)
+            return None
         classify(path)  # says that there is nothing
     if path.suffix == ".py":
         raise UsageError(f"{printable(text)} is a Python file", fix=f"name the function that builds the model: {printable(text)}:factory")
     found = classify(path)
     if found in _BUILT:
         raise BadInput(f"{printable(path.name)} is {POLICY[found].is_a}: built code without its model", fix=_BUILT[found])
-    return _call(LOADERS[found], ref, path, extra=_EXTRAS.get(found))
+    return found
+
+
+def _require_text(text: str) -> None:
+    if not text or "\0" in text or "\n" in text or "\r" in text:
+        raise UsageError(f"{printable(text)!r} names no model", fix="name a file, a folder, hf:ID@REVISION or package.module:factory")
 
 
 def onnx_model(path: Path, name: str) -> Model:

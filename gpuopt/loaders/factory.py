@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -19,7 +18,8 @@ from torch import nn
 from gpuopt.core.errors import GpuoptError, Unavailable, UsageError
 from gpuopt.core.live import Model
 from gpuopt.core.spec import ModelRef
-from gpuopt.loaders import describe
+from gpuopt.loaders import FACTORY_EXAMPLE, describe
+from gpuopt.loaders.named import did_you_mean
 from gpuopt.trust import consent
 from gpuopt.trust.policy import printable
 
@@ -55,7 +55,7 @@ def load(ref: ModelRef) -> Model:
 
 def build(text: str) -> Built:
     """Call the factory that `text` names. Raises UsageError, Unavailable."""
-    target, file = named(text, "factory", "gpuopt.models:resnet101, or my_model.py:build")
+    target, file = named(text, "factory", FACTORY_EXAMPLE)
     result = target if isinstance(target, nn.Module) else _call(text, target)
     if not isinstance(result, nn.Module):
         raise UsageError(f"{text} gave a {type(result).__name__}, not an nn.Module", fix="let the factory return the module itself")
@@ -75,7 +75,7 @@ def named(text: str, what: str, example: str, *, reuse: bool = False) -> tuple[A
     target: Any = module
     for part in attribute.split("."):
         if not hasattr(target, part):
-            raise UsageError(f"{where} has no {part!r}", fix=_did_you_mean(part, _own(target)))
+            raise UsageError(f"{where} has no {part!r}", fix=did_you_mean(part, _own(target)))
         target = getattr(target, part)
     return target, file
 
@@ -118,7 +118,7 @@ def _import_module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if name == missing or name.startswith(missing + "."):
-            raise UsageError(f"there is no module {printable(missing)!r}", fix=_did_you_mean(missing, _siblings(missing))) from error
+            raise UsageError(f"there is no module {printable(missing)!r}", fix=did_you_mean(missing, _siblings(missing))) from error
         raise _missing(name, error) from error
     except (TypeError, ValueError) as error:  # a relative or empty name
         raise UsageError(f"{printable(name)!r} is no module name", fix="package.module:factory, or file.py:factory") from error
@@ -134,7 +134,7 @@ def _import_module(name: str) -> ModuleType:
 def _import_file(file: Path) -> ModuleType:
     if not file.is_file():
         nearby = [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
-        raise UsageError(f"there is no file {printable(str(file))}", fix=_did_you_mean(file.name, nearby))
+        raise UsageError(f"there is no file {printable(str(file))}", fix=did_you_mean(file.name, nearby))
     name = _module_name(file)
     spec = importlib.util.spec_from_file_location(name, file.absolute())
     if spec is None or spec.loader is None:
@@ -192,10 +192,3 @@ def _siblings(name: str) -> list[str]:
     except ImportError:
         return []
     return [f"{parent}.{info.name}" for info in pkgutil.iter_modules(getattr(package, "__path__", []))]
-
-
-def _did_you_mean(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"there is: {', '.join(sorted(known)[:12])}" if known else "check the name; the current folder is importable"

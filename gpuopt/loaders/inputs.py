@@ -70,7 +70,7 @@ def make(model: Model, spec: InputSpec, dims: Mapping[str, int], device: str, dt
         specs = tuple(_with_values(model, _named(model, specs)))
         _check_against(model, specs)
     free = _free(specs)
-    _refuse_unknown(dims, free, source)
+    _refuse_unknown(model, specs, dims, free, source)
     known = _stored_dims(specs, list(stored.values()), dims, source) if stored is not None else {**_defaults(model, specs, free), **dims}
     bound = [s.bind(known) for s in specs]
     _refuse_positions(model, bound, specs)
@@ -177,8 +177,21 @@ def _free(specs: Iterable[TensorSpec]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(letter for s in specs for letter in s.free_dims))
 
 
-def _refuse_unknown(dims: Mapping[str, int], free: Sequence[str], source: str) -> None:
+_IN_A_FILE = {
+    "onnx": "torch.onnx.export(…, dynamic_shapes=…), or gpuopt convert SOURCE_MODEL --dim {name}=1:8:64 -o free.onnx",
+    "exported": "torch.export.export(…, dynamic_shapes=…), or gpuopt convert SOURCE_MODEL --dim {name}=1:8:64 -o free.pt2",
+}
+"""Form whose file says itself which sizes are free -> how to write one where this one is."""
+
+
+def _refuse_unknown(model: Model, specs: Sequence[TensorSpec], dims: Mapping[str, int], free: Sequence[str], source: str) -> None:
     for name, value in dims.items():
+        if name not in free and model.form in _IN_A_FILE and not free:
+            own = ", ".join(printable(str(s)) for s in specs)
+            raise UsageError(
+                f"{model.name} was exported with fixed sizes, {own}: it has no dimension {name} that could be {value}",
+                fix=f"leave {'--batch' if name == 'N' else f'--dim {name}'} away, or export it again with a free one: {_IN_A_FILE[model.form].format(name=name)}",
+            )
         if name not in free:
             there = f"it has {', '.join(free)}" if free else "every size is fixed"
             raise UsageError(

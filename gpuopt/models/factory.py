@@ -9,6 +9,8 @@ from typing import Protocol, cast
 import torch
 from torch import nn
 
+from gpuopt.models.drawing import BankedDraws
+
 SEED = 0
 
 
@@ -29,7 +31,7 @@ def factory(*input_specs: str) -> Callable[[Callable[[], nn.Module]], Factory]:
         @functools.wraps(build)
         def make() -> nn.Module:
             # devices=[]: the weights are drawn on the CPU, and asking for the GPUs' states would start CUDA.
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), BankedDraws():
                 torch.default_generator.manual_seed(SEED)
                 return build().eval().requires_grad_(False)
 

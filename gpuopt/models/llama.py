@@ -7,6 +7,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from gpuopt.models.drawing import lay
 from gpuopt.models.factory import factory
 
 _BANK = 16_777_213
@@ -64,7 +65,7 @@ def _build(config: LlamaConfig) -> nn.Module:
     model.get_submodule("model").rotary_emb = LlamaRotaryEmbedding(config)
     bank = (
         torch.empty(_BANK if config.hidden_size > 1024 else 8191, dtype=torch.float32)
-        .normal_(std=config.initializer_range)
+        .normal_(std=config.initializer_range, generator=torch.default_generator)  # named: a bank of its own, larger than the factory's
         .to(torch.bfloat16)
     )
     start = 0
@@ -72,15 +73,5 @@ def _build(config: LlamaConfig) -> nn.Module:
         if "norm" in name.rpartition(".")[0].rpartition(".")[2]:
             nn.init.ones_(parameter)
         else:
-            start = _lay(bank, parameter.data.view(-1), start)
+            start = lay(bank, parameter.data.view(-1), start)
     return model
-
-
-def _lay(bank: torch.Tensor, target: torch.Tensor, start: int) -> int:
-    """Fill `target` with `bank` from `start` on, wrapping round; returns where the next one starts."""
-    done = 0
-    while done < target.numel():
-        size = min(bank.numel() - start, target.numel() - done)
-        target[done : done + size].copy_(bank[start : start + size])
-        done, start = done + size, (start + size) % bank.numel()
-    return start

@@ -1,15 +1,19 @@
-"""The best candidate -> the same at other batches, where samples a second are what is wanted. Pure."""
+"""The best candidate -> the same at other batches, where samples a second are what is wanted: larger ones, or smaller ones where this one is over a budget. Pure."""
 
 from __future__ import annotations
 
 from gpuopt.core.spec import Candidate
 from gpuopt.pipeline import tune
-from gpuopt.pipeline.books import Books, at
+from gpuopt.pipeline.books import GOOD, Books, at
 from gpuopt.pipeline.questions import Asking
 from gpuopt.pipeline.screening import screen
 
 GROWTH = 1.02
 """A doubled batch that gains less than this in samples a second, twice, ends the climb."""
+BISECTIONS = 2
+"""Batches tried between the largest that keeps to the budgets and the smallest that does not."""
+LOST = "over budget"
+"""Outcome of a candidate that passed the gates and is over a budget."""
 MEMORY_SHARE = 0.9
 """Of the device's memory a batch may be predicted to need."""
 
@@ -18,6 +22,9 @@ def grow(books: Books) -> Asking[None]:
     """Powers of two from the batch given, while samples a second grow and memory, by the peaks seen so far, allows it; then the steps between."""
     leader = books.best()
     if leader is None or "N" not in leader.dims:
+        return
+    if _over(books, leader):
+        yield from _shrink(books)
         return
     start = leader.dims["N"]
     rates: dict[int, float] = {start: 1 / books.best_cost()}
@@ -35,6 +42,42 @@ def grow(books: Books) -> Asking[None]:
             rate = yield from _rate(books, leader, between)
             if rate is not None:
                 rates[between] = rate
+
+
+def _over(books: Books, candidate: Candidate) -> bool:
+    """Whether it keeps to no budget: the best so far is the input itself then, which stays in the race whatever it takes."""
+    trial = books.trials[tune.key(candidate)]
+    return bool(books.spec.over(trial.screened_ms, trial.peak_bytes))
+
+
+def _shrink(books: Books) -> Asking[None]:
+    """Nothing at the batch given keeps to the budgets: halve it, with the settings that are fastest there, until one does; then look between that and the last that did not."""
+    start = books.base.dims["N"]
+    seen = [
+        (books.cost(books.known[key], trial.screened_ms), key)
+        for key, trial in books.trials.items()
+        if trial.screened_ms and books.known[key].dims.get("N") == start and trial.outcome in (*GOOD, LOST)
+    ]
+    key = min(seen)[1]
+    leader, ms = books.known[key], books.trials[key].screened_ms
+    assert ms is not None
+    high, batch = start, start // 2
+    if books.spec.latency_budget_ms is not None:
+        while batch > 1 and ms * batch / start > books.spec.latency_budget_ms:  # a call does not shrink faster than its batch
+            high, batch = batch, batch // 2
+    while batch >= 1 and not books.spent():
+        rate = yield from _rate(books, leader, batch)
+        if rate is not None:
+            break
+        if books.trials[tune.key(at(leader, batch))].outcome not in (LOST, "pruned"):
+            return  # it fails there, or is behind the input a sample: a smaller one is no better
+        high, batch = batch, batch // 2
+    for _ in range(BISECTIONS):
+        between = (batch + high) // 2
+        if not batch < between < high or books.spent():
+            return
+        rate = yield from _rate(books, leader, between)
+        batch, high = (between, high) if rate is not None else (batch, between)
 
 
 def _rate(books: Books, leader: Candidate, batch: int) -> Asking[float | None]:

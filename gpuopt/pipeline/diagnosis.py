@@ -16,7 +16,7 @@ from gpuopt.core.result import Count, Device, OpRecord, Waterfall
 from gpuopt.core.spec import Candidate, Precision
 from gpuopt.core.trace import Trace
 from gpuopt.doctor.evidence import Compiled, Evidence
-from gpuopt.pipeline import environment
+from gpuopt.pipeline import environment, traits
 
 MEMORY_KEYS = (
     "num_alloc_retries",
@@ -88,6 +88,7 @@ def of_candidate(
         preset=candidate.backend.preset,
         precision=asked.value if asked is not None else None,
         transforms=transforms,
+        rewrites=traits.rewrites_of(module) if module is not None and model.form == "module" else {},
         input_mode=candidate.input_mode,
         batch=inputs.batch if inputs is not None else 1,
         flags={

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gpuopt.core.result import Run, Sensitivity, Status
+from gpuopt.converters import rewrites
+from gpuopt.core.result import Count, Run, Sensitivity, Status
 from gpuopt.core.spec import Candidate, Job, Precision
 from gpuopt.pipeline import facts, seats, tune
 from gpuopt.pipeline import machine as machines
@@ -14,25 +15,35 @@ from gpuopt.pipeline.isolate import ChildFailed
 from gpuopt.pipeline.questions import Explained, Mended, Proposal
 from gpuopt.pipeline.seats import Seat, diagnose, loaded, measured, profiled
 from gpuopt.pipeline.traits import Traits
+from gpuopt.profiling import bounds as roofline_bounds
 
 MEND_S = 120.0
 """For the search of modules that have to stay in fp32."""
+UNTRACED = 2.0
+"""Times the roofline of its ops that a GPU is taken to work on a call of which there is no trace; it waits for the host the rest of the time."""
 
 
 def explained(crew: Crew, candidate: Candidate) -> tuple[Explained, Run]:
-    """Without the seconds it took. What could not be traced says why; its child ends, because a profiler that ran once slows what comes after it."""
+    """Without the seconds it took. One that cannot be timed at length or traced (a busy machine, a profiler that crashes) says why, and is explained by what is
+    known without: its time in screening, its FLOPs and bytes, the ceilings. Its child ends, because a profiler that ran once slows what comes after it."""
+    key = tune.key(candidate)
     seat = crew.seat(candidate).seat
+    screened = seat.run if seat.run.latency_ms is not None else crew.runs.get(key, seat.run)
     job = replace(crew.job, bench=replace(crew.job.bench, max_time_s=min(2.0, crew.job.bench.max_time_s), energy_s=0.0))
-    seat.step(lambda s: measured(s, job, crew.machine))
-    timed = seat.run
-    seat.step(lambda s: crew.machine.judged(lambda device: profiled(s, job, device)))
+    with crew.ahead.still():
+        seat.step(lambda s: measured(s, job, crew.machine))
+    timed = seat.run if seat.ok else replace(screened, status=Status.OK, reason="", fix="")
+    with crew.ahead.still():
+        seat.step(lambda s: crew.machine.judged(lambda device: profiled(s, job, device)))
     proposals = _proposals(crew, seat, job) if seat.ok else ()
     reason = "" if seat.ok else seat.run.reason
     found: tune.Facts | None = None
-    if candidate == crew.base and timed.status is Status.OK and timed.latency_ms is not None:
-        found = _facts(crew, seat.run, timed)
-    run = seat.run if seat.ok else timed
-    crew.dismiss(tune.key(candidate))
+    if candidate == crew.base and timed.latency_ms is not None:
+        found = _facts(crew, timed, seat.run if seat.ok else None, seat.count)
+    if reason:
+        crew.progress.warn(f"no trace of {tune.words(candidate, crew.base)}: {reason}")
+    run = seat.run if seat.ok or timed.latency_ms is None else timed
+    crew.dismiss(key)
     return Explained(facts=found, proposals=proposals, reason=reason), run
 
 
@@ -61,22 +72,32 @@ def _proposals(crew: Crew, seat: Seat, job: Job) -> tuple[Proposal, ...]:
         return ()
 
 
-def _facts(crew: Crew, traced: Run, timed: Run) -> tune.Facts:
-    """Of the input. `timed`: its run before it was traced."""
+def _facts(crew: Crew, timed: Run, traced: Run | None, count: Count | None) -> tune.Facts:
+    """Of the input. `timed`: its run before it was traced; without a trace (None) the roofline of its `count` says how long the device has to work."""
     device = crew.machine.device
     assert timed.latency_ms is not None
+    wall_ms = timed.latency_ms.median
     traits, cannot = _surroundings(crew)
-    own = Precision(timed.precision) if timed.precision else Precision.FP32
+    # As it was loaded: what a candidate without a precision is asked for, whatever the input turned out to compute in.
+    asked = timed.precision_audit.requested if timed.precision_audit is not None else None
+    own = Precision(asked or timed.precision or Precision.FP32)
+    found = traced.bounds if traced is not None else None
+    if found is None and count is not None:
+        found = roofline_bounds.build(count, device.ceilings)
     bounds, floors = {}, {}
-    if traced.bounds is not None:
-        bounds = {own.value: traced.bounds.unfused_ms} | dict(traced.bounds.by_precision)
-        floors = {own.value: traced.bounds.fused_ms} | dict(traced.bounds.fused_by_precision)
+    if found is not None:
+        bounds = {own.value: found.unfused_ms} | dict(found.by_precision)
+        floors = {own.value: found.fused_ms} | dict(found.fused_by_precision)
+    if (floors.get(own.value) or 0.0) > wall_ms:  # ceilings that the input itself beats were taken on a busy machine: they rule nothing out
+        floors = {}
     waits = 0.0
-    if traced.waterfall is not None:
+    if traced is not None and traced.waterfall is not None:
         waits = traced.waterfall.idle_ms + (traced.waterfall.ms("python and framework") if device.kind == "cpu" else 0.0)
+    elif traced is None and device.kind == "cuda" and found is not None and found.unfused_ms:
+        waits = max(0.0, wall_ms - UNTRACED * found.unfused_ms)
     return tune.Facts(
-        wall_ms=timed.latency_ms.median,
-        idle_ms=min(waits, timed.latency_ms.median),
+        wall_ms=wall_ms,
+        idle_ms=min(waits, wall_ms),
         own=own,
         on_gpu=device.kind == "cuda",
         batch=timed.batch or 1,
@@ -85,7 +106,7 @@ def _facts(crew: Crew, traced: Run, timed: Run) -> tune.Facts:
         has_batch_norm=traits.has_batch_norm,
         has_convolutions=traits.has_convolutions,
         has_products=traits.has_products,
-        rewrites=traits.rewrites,
+        rewrites={text: why or rewrites.lacks_kernel(text, device.kind) for text, why in traits.rewrites.items()},
         cannot=cannot,
         peak_bytes=timed.peak_bytes,
         memory_bytes=device.memory_bytes,
@@ -94,9 +115,15 @@ def _facts(crew: Crew, traced: Run, timed: Run) -> tune.Facts:
 
 def _surroundings(crew: Crew) -> tuple[Traits, dict[str, str]]:
     """What kinds of layers the model has, and what the matrix of backends rules out, so that nothing is built to find that out. One child tells both."""
-    with crew.helper() as child:
-        traits = child.call("traits", Traits, timeout_s=crew.job.bench.timeout_s, ref=crew.base.model)
-        matrix = child.call("matrix", facts.Matrix, timeout_s=machines.SURVEY_TIMEOUT_S, device_id=crew.base.device, candidate=crew.base)
+    try:
+        with crew.helper() as child:
+            traits = child.call("traits", Traits, timeout_s=crew.job.bench.timeout_s, ref=crew.base.model)
+            matrix = child.call(
+                "matrix", facts.Matrix, timeout_s=machines.SURVEY_TIMEOUT_S, device_id=crew.base.device, candidate=crew.base
+            )
+    except ChildFailed as failure:
+        crew.progress.warn(f"no rewrites are tried, and what cannot run shows when it is built: {failure.reason}")
+        return Traits(has_products=True), {}
     cannot: dict[str, str] = {}
     for cell in matrix.cells:
         if cell.reason or not cell.route:

@@ -6,8 +6,8 @@ import shlex
 from dataclasses import replace
 
 from gpuopt.core import stats
-from gpuopt.core.result import Count, Device, Relative, Run, Samples, Status
-from gpuopt.core.spec import Candidate, EvalSpec
+from gpuopt.core.result import Count, Device, PrecisionAudit, Relative, Run, Samples, Status
+from gpuopt.core.spec import Candidate, EvalSpec, Precision
 from gpuopt.pipeline import facts, pairs
 from gpuopt.profiling import roofline
 
@@ -67,7 +67,9 @@ def built(run: Run, found: facts.Built, candidate: Candidate) -> Run:
         )
         reason = found.audit.reason or f"asked for {found.audit.requested}, built {shares or 'something that cannot be read back'}"
         if candidate.precision is None or candidate.transforms.keep_fp32:
-            return replace(run, notes=(*run.notes, f"runs in another precision than the model's: {reason}"))
+            run = replace(run, notes=(*run.notes, f"runs in another precision than the model's: {reason}"))
+            # Modules kept in fp32 were asked for beside a precision; whoever asked for none is told the one it is.
+            return run if candidate.transforms.keep_fp32 else replace(run, precision=_runs_in(found.audit) or run.precision)
         return replace(
             run,
             status=Status.UNSUPPORTED,
@@ -75,6 +77,12 @@ def built(run: Run, found: facts.Built, candidate: Candidate) -> Run:
             fix="another backend or precision; the audit names the layers",
         )
     return run
+
+
+def _runs_in(audit: PrecisionAudit) -> str | None:
+    """The precision of most of its FLOPs; None where nothing could be read back, or no precision is called so."""
+    main = max(audit.shares, key=lambda dtype: audit.shares[dtype], default=None)
+    return next((p.value for p in Precision if main is not None and main in (p.dtype, p.value)), None)
 
 
 def counted(run: Run, count: Count | None) -> Run:

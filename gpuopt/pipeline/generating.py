@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from gpuopt import converters, generation
 from gpuopt.core.errors import Unsupported
-from gpuopt.core.generation import Generated, GenerateSpec, GenerationBuilt
+from gpuopt.core.generation import PLACED, Generated, GenerateSpec, GenerationBuilt
 from gpuopt.core.live import Inputs, Model
 from gpuopt.core.spec import Candidate, Precision, Transforms
 from gpuopt.generation import judging, reading
@@ -18,6 +18,7 @@ from gpuopt.generation.runner import GenerationRunner
 from gpuopt.generation.shipped import Shipped
 from gpuopt.generation.stepped import Stepped
 from gpuopt.generation.subject import Prompt, Subject, subject
+from gpuopt.pipeline import eagerly
 from gpuopt.pipeline.drawn import Drawn
 from gpuopt.pipeline.facts import ProgressCall
 from gpuopt.timing import clocks
@@ -50,10 +51,14 @@ def built(
     names = tuple(spec.name for spec in given.specs)
     changed = converters.apply(model, to, candidate.transforms, drawn.sample(precision, "cpu"))
     changed.module.to(device)
+    progress(None, PLACED)
     found = subject(changed.module)
-    prompt = found.prompt(_named(given, names))
+    whole = found.prompt(_named(given, names))
+    most = _fitting(candidate, found, whole, spec, given)
+    prompt = found.shortened(whole, most)
     length = found.length(prompt)
     found.require_positions(length, spec.new_tokens)
+    cut = () if most is None else (f"prompts of {most} tokens instead of {found.length(whole)}: the model has {found.positions} positions",)
     batch = next(iter(prompt.values())).shape[0]
 
     progress(None, f"building: {way.words}")
@@ -70,7 +75,7 @@ def built(
             stop_at_eos=spec.stop_at_eos,
             device=device,
         )
-    runner = GenerationRunner(found, stepped or shipped, names, device)
+    runner = GenerationRunner(found, stepped or shipped, names, device, longest=most)
     tokens = runner(*given.args, **given.kwargs)
     clocks.for_device(device).synchronize()
     now = time.monotonic()
@@ -89,17 +94,28 @@ def built(
         compile_s=now - began,
         cold_start_s=now - started,
         held_bytes=reading.held(changed.module),
-        notes=(*changed.notes, *found.notes),
+        notes=(*changed.notes, *found.notes, *cut),
+        call_s=now - began if stepped is None else None,
     )
     if stepped is not None:
         twin = _twin(candidate, model, to, drawn, precision, found)
         if verify:
             answer = _verified(answer, found, stepped, twin, prompt, tokens, spec, progress)
-        answer = _at_other_lengths(answer, found, stepped, twin, prompt, spec, verify=verify, progress=progress)
+        answer = _at_other_lengths(answer, found, stepped, twin, prompt, spec, verify=verify, device=device, progress=progress)
         answer = replace(answer, generated=replace(answer.generated, graphs=stepped.launcher.graphs))
     elif verify:  # the reference itself
         answer = replace(answer, passed=True, generated=replace(answer.generated, equal=True))
     return runner, _read(answer, found, stepped, prompt, spec, device)
+
+
+def _fitting(candidate: Candidate, found: Subject, prompt: Prompt, spec: GenerateSpec, given: Inputs) -> int | None:
+    """Tokens to cut a prompt to whose length nobody asked for, where it and the answer are longer than the model's positions; None leaves it."""
+    length, fitting = found.length(prompt), found.fitting(spec.new_tokens)
+    if length is None or fitting is None or not 1 <= fitting < length or candidate.inputs.file is not None:
+        return None
+    shape = next((s.shape for s in given.specs if s.name == found.main_input), ())
+    asked = {dim.name for dim in candidate.inputs.dims}
+    return fitting if len(shape) > 1 and isinstance(shape[1], str) and shape[1] not in asked else None
 
 
 def _named(given: Inputs, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -128,7 +144,7 @@ def _verified(
     progress: ProgressCall,
 ) -> GenerationBuilt:
     progress(None, "generating eagerly, to compare tokens")
-    reference, logits = Shipped(twin, new_tokens=spec.new_tokens, stop_at_eos=spec.stop_at_eos).explained(prompt)
+    reference, logits = _eager(twin, prompt, spec.new_tokens, spec)
     verdict = _judged(found, stepped, twin, prompt, tokens, reference, logits)
     told = replace(
         answer.generated,
@@ -141,6 +157,12 @@ def _verified(
         reason=verdict.reason,
     )
     return replace(answer, generated=told, passed=verdict.passed)
+
+
+def _eager(twin: Subject, prompt: Prompt, new_tokens: int, spec: GenerateSpec) -> eagerly.Answer:
+    """Once a command, not once a child: it is slow."""
+    shipped = Shipped(twin, new_tokens=new_tokens, stop_at_eos=spec.stop_at_eos)
+    return eagerly.shared(twin, prompt, new_tokens, stop_at_eos=spec.stop_at_eos, compute=lambda: shipped.explained(prompt))
 
 
 def _judged(
@@ -165,6 +187,7 @@ def _at_other_lengths(
     spec: GenerateSpec,
     *,
     verify: bool,
+    device: str,
     progress: ProgressCall,
 ) -> GenerationBuilt:
     """Shorter prompts of the same bucket: nothing may be compiled or recorded again, and the tokens must be right there, too."""
@@ -179,10 +202,13 @@ def _at_other_lengths(
     passed, notes = answer.passed, []
     for n in lengths:
         shorter = {name: tensor[:, -n:].contiguous() for name, tensor in prompt.items()}
+        began = time.monotonic()
         tokens = stepped(shorter)
+        clocks.for_device(device).synchronize()
+        answer = replace(answer, call_s=time.monotonic() - began)
         if verify and n == lengths[-1]:
             few = min(spec.new_tokens, OTHER_TOKENS)
-            reference, logits = Shipped(twin, new_tokens=few, stop_at_eos=spec.stop_at_eos).explained(shorter)
+            reference, logits = _eager(twin, shorter, few, spec)
             verdict = _judged(found, stepped, twin, shorter, tokens[:, : reference.shape[1]], reference, logits)
             if not verdict.passed:
                 passed = False

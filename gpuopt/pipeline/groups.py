@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -33,8 +34,19 @@ def comparable(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
     return list(groups.values())
 
 
+def waves(groups: Sequence[Sequence[Candidate]], at_once: int) -> list[list[Sequence[Candidate]]]:
+    """Groups that are built together, since no more candidates are in them than may build at once. Order is kept."""
+    found: list[list[Sequence[Candidate]]] = []
+    for group in groups:
+        if found and sum(map(len, found[-1])) + len(group) <= at_once:
+            found[-1].append(group)
+        else:
+            found.append([group])
+    return found
+
+
 def bench(
-    group: Sequence[Candidate],
+    groups: Sequence[Sequence[Candidate]],
     job: Job,
     machines: Sequence[Machine],
     progress: Progress,
@@ -42,7 +54,7 @@ def bench(
     on_update: Callable[[list[Run]], None],
     afterwards: Callable[[list[Seat]], None] | None = None,
 ) -> list[Seat]:
-    """Build and verify, then time all that are left in interleaved blocks. `afterwards` gets those that ended well while their children still live."""
+    """Build and verify, then time all that are left, group by group, in interleaved blocks. `afterwards` gets those that ended well while their children still live."""
     jobs = job.bench.build_jobs or 1
     with ExitStack() as stack:
         # Left last: the children are gone by then, so no thread still waits for one.
@@ -50,14 +62,14 @@ def bench(
         seats: list[Seat] = []
 
         def prepared(seat: Seat) -> None:
-            if jobs > 1 and len(group) > 1:
+            if jobs > 1 and sum(map(len, groups)) > 1:
                 seat.run = replace(
                     seat.run, notes=(*seat.run.notes, "built beside other candidates: its compile time and cold start are upper bounds")
                 )
             prepare(seat, job)
 
         building: set[Future[None]] = set()
-        for candidate in group:
+        for candidate in (candidate for group in groups for candidate in group):
             if len(building) == jobs:
                 building = _some_done(building)
                 on_update([s.run for s in seats])
@@ -68,14 +80,21 @@ def bench(
         while building:
             building = _some_done(building)
             on_update([s.run for s in seats])
+        waiting = iter(seats)
+        for group in groups:
+            _timed([seat for seat in itertools.islice(waiting, len(group)) if seat.ok], job, machines, progress)
+            on_update([s.run for s in seats])
         live = [seat for seat in seats if seat.ok]
-        if len(live) == 1:
-            live[0].step(lambda s: measured(s, job, machine_of(s.candidate, machines)))
-        elif live:
-            interleaved(live, job, machines, progress)
         if afterwards is not None:
-            afterwards([seat for seat in live if seat.ok])
+            afterwards(live)
         return seats
+
+
+def _timed(live: list[Seat], job: Job, machines: Sequence[Machine], progress: Progress) -> None:
+    if len(live) == 1:
+        live[0].step(lambda s: measured(s, job, machine_of(s.candidate, machines)))
+    elif live:
+        interleaved(live, job, machines, progress)
 
 
 def _some_done(building: set[Future[None]]) -> set[Future[None]]:

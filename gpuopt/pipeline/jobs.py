@@ -79,12 +79,12 @@ def bench(job: Job, progress: Progress | None = None) -> Report:
     (machine,) = found
     runs: list[Run] = []
     errors: list[GpuoptError] = []
-    for group in groups.comparable(job.candidates):
+    for wave in groups.waves(groups.comparable(job.candidates), job.bench.build_jobs or 1):
 
         def rewrite(done: list[Run], before: tuple[Run, ...] = tuple(runs)) -> None:
             progress.so_far(reporting.report(job, machine.found, [*before, *done]))
 
-        finished = groups.bench(group, job, [machine], progress, on_update=rewrite)
+        finished = groups.bench(wave, job, [machine], progress, on_update=rewrite)
         runs += [seat.run for seat in finished]
         errors += [seat.error for seat in finished if seat.error is not None]
         progress.so_far(reporting.report(job, machine.found, runs))
@@ -132,7 +132,7 @@ def compile(job: Job, progress: Progress | None = None) -> Report:
             Finding(
                 code="slower-than-eager",
                 severity="warning",
-                message=f"{candidate.backend} is slower than the model as it is: {seat.run.relative.ratio:.2f}x"
+                message=f"{candidate.backend} is slower than the model as it is: {seat.run.relative.ratio:.2f}×"
                 if seat.run.relative
                 else "",
                 fix="keep eager, or try another backend: gpuopt bench MODEL --backend eager --backend …",

@@ -10,7 +10,7 @@ from gpuopt.core.errors import ResourceError, Unavailable
 from gpuopt.core.progress import Progress
 from gpuopt.core.result import Ceiling, Device, Status
 from gpuopt.core.spec import Job
-from gpuopt.pipeline import facts, figures, isolate
+from gpuopt.pipeline import facts, figures, isolate, preflight
 from gpuopt.pipeline.isolate import ChildFailed
 from gpuopt.profiling.roofline import ImpossibleFigure
 
@@ -106,11 +106,14 @@ def all_surveyed(job: Job, progress: Progress) -> tuple[Job, list[Machine]]:
 
 
 def survey(job: Job, progress: Progress, *, ceilings: bool = True) -> facts.Survey:
-    """Environment, device and its ceilings, from a child of their own."""
+    """Environment, device and its ceilings, from a child of their own. Raises first what the job would end with anyway, where a look at it tells."""
+    preflight.require(job)
     wanted = job.candidates[0].device if job.candidates else job.device or "auto"
     with isolate.Child() as child:
         progress.start("device", "looking at this machine")
         try:
+            for spec in preflight.presets(job):
+                child.call("require_preset", type(None), timeout_s=SURVEY_TIMEOUT_S, backend=spec.name, preset=spec.preset)
             found = child.call(
                 "survey",
                 facts.Survey,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from gpuopt import backends, loaders
 from gpuopt.backends import load_backend
-from gpuopt.core.errors import GpuoptError
+from gpuopt.core.errors import GpuoptError, Unavailable, UsageError
 from gpuopt.core.live import Model
 from gpuopt.core.result import Device
 from gpuopt.core.spec import Candidate, Precision
@@ -43,6 +43,16 @@ def matrix(device_id: str, candidate: Candidate | None = None, *, model: Model |
         form=model.form if model else None,
         model=model.name if model else None,
     )
+
+
+def require_preset(name: str, preset: str) -> None:
+    """Raises UsageError for a preset that there is none of. A library that is missing says so when it is built with."""
+    try:
+        known = tuple(load_backend(name).PRESETS)
+    except Unavailable:
+        return
+    if preset not in known:
+        raise UsageError(f"{name} has no preset {preset!r}", fix="one of: " + ", ".join(known) if known else "leave it away")
 
 
 def _cell(name: str, form: str | None, device: Device) -> facts.MatrixCell:

@@ -31,9 +31,10 @@ from gpuopt.core.spec import (
     Tolerance,
     Transforms,
 )
+from gpuopt.pipeline import stream_recipe, streaming
 from gpuopt.trust.policy import Format, classify, printable
 
-VERBS = ("profile", "bench", "optimize", "convert", "compile", "backends", "device")
+VERBS = ("profile", "bench", "optimize", "stream", "convert", "compile", "backends", "device")
 INPUT_MODES = ("device", "host")
 MAX_RECIPE_BYTES = 1 << 20
 MAX_NAME = 4096
@@ -125,6 +126,8 @@ class Recipe:
     depth: int = 3
     search: SearchSpec = field(default_factory=SearchSpec)
     """Of `optimize`."""
+    stream: stream_recipe.StreamEntry | None = None
+    """Of `stream`."""
 
 
 def read(path: Path, *, device: str | None = None, output: str | None = None, force: bool = False, command: str = "") -> Job:
@@ -180,8 +183,15 @@ def to_job(recipe: Recipe, *, command: str = "") -> Job:
                 if not recipe.candidates:
                     raise
                 raise UsageError(f"candidates.{index}: {error.message}", fix=error.fix) from error
-    if recipe.generate is not None and (recipe.verb != "bench" or recipe.generate < 1):
-        raise UsageError(f"generate is {recipe.generate} in a recipe of {recipe.verb}", fix="verb: bench, and a whole number from 1")
+    if recipe.generate is not None and (recipe.verb not in ("bench", "stream") or recipe.generate < 1):
+        raise UsageError(
+            f"generate is {recipe.generate} in a recipe of {recipe.verb}", fix="verb: bench or stream, and a whole number from 1"
+        )
+    if (recipe.stream is not None) != (recipe.verb == "stream"):
+        raise UsageError(
+            f"stream: is what verb: stream takes, and this is verb: {recipe.verb}",
+            fix="verb: stream with stream: {action: plan, budget: 50%}",
+        )
     gates = recipe.gates
     job = Job(
         verb=recipe.verb,
@@ -206,12 +216,13 @@ def to_job(recipe: Recipe, *, command: str = "") -> Job:
         refresh=recipe.refresh,
         depth=recipe.depth,
         generate=None
-        if recipe.generate is None
+        if recipe.generate is None or recipe.verb == "stream"
         else GenerateSpec(
             new_tokens=recipe.generate,
             backends_named=recipe.backend is not None or any(entry.backend is not None for entry in recipe.candidates),
         ),
         search=recipe.search,
+        stream=stream_recipe.request_of(recipe.stream, recipe.generate) if recipe.stream is not None else None,
         command=command,
     )
     check(job)
@@ -227,6 +238,9 @@ def _candidates(recipe: Recipe, entry: CandidateEntry) -> tuple[Candidate, ...]:
     models = _several(whole["model"])
     if not models:
         raise UsageError("no model is named", fix="model: gpuopt.models:resnet101")
+    if recipe.verb == "stream":
+        streaming.require_known(recipe.device)  # whose text may hold commas, which are several devices elsewhere
+        return tuple(streaming.on(one, recipe.device) for one in _candidates(replace(recipe, verb="bench", device="auto"), entry))
     return expand(
         models=[
             ModelRef(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from gpuopt.core.result import Status
 from gpuopt.core.spec import BackendSpec, Candidate
+from gpuopt.pipeline import tune
 from gpuopt.pipeline.books import GOOD, Books
 from gpuopt.pipeline.questions import Asking, Explain, Explained, Mend, Mended, Proposal
 from gpuopt.pipeline.screening import screen
@@ -16,10 +17,16 @@ MAX_FIXES = 6
 
 
 def explain(books: Books, candidate: Candidate) -> Asking[Explained]:
-    """What a trace of it says."""
+    """What a trace of it says. Where there is none, its trial says why, and what the search does without."""
     answer = yield Explain(candidate=candidate)
     assert isinstance(answer, Explained)
     books.pay("explaining", answer.seconds)
+    if answer.reason:
+        without = "the doctor proposes nothing for it"
+        if candidate == books.base and answer.facts is not None:
+            without = "what to expect of the others comes from its FLOPs, its bytes and the ceilings alone, and " + without
+        key = tune.key(candidate)
+        books.trials[key] = replace(books.trials[key], note=f"no trace of it ({answer.reason}): {without}")
     return answer
 
 

@@ -70,7 +70,7 @@ class Bench:
         """One more batch of these lines: all of them interleaved, then what the devices that are behind waited for."""
         group = [with_batch(line.candidate, batch) for line in lines]
         ended = groups.bench(
-            group,
+            [group],
             job,
             self.machines,
             self.progress,

@@ -35,11 +35,12 @@ def of(model: Model) -> Traits:
         has_batch_norm=any(name.endswith(_NORMS) for name in names),
         has_convolutions=any(p.dim() == 4 for p in model.module.parameters()) and any(name.endswith(_CONVOLUTIONS) for name in names),
         has_products=any(p.dim() >= 2 for p in model.module.parameters()),
-        rewrites=_rewrites(model.module),
+        rewrites=rewrites_of(model.module),
     )
 
 
-def _rewrites(module: Any) -> dict[str, str]:
+def rewrites_of(module: Any) -> dict[str, str]:
+    """Rewrite, with its setting where it has some -> "" where it would change something in this module, else why not. Static."""
     found: dict[str, str] = {}
     for name in rewrites.REWRITES:
         try:

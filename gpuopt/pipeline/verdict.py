@@ -87,9 +87,11 @@ def _chosen(books: Books, timed: Mapping[str, Timed]) -> Choice:
         return keep(books, "no finalist passed verification: " + "; ".join(t.reason for t in others.values())[:300])
     ratio, key = max(passed)
     over = ", and is over a budget" if _over(books, others[key]) else ""
+    # Slower in the pairs than in the short blocks of screening, or faster by less than can be told from noise: two different answers.
+    told = "which is not more than the noise" if ratio > 1 else "which is no faster"
     return keep(
         books,
-        f"the nearest, {books.trials[key].label}, is {ratio:.3f}x as fast ({_interval(others[key])}), which is not more than the noise{over}"
+        f"the nearest, {books.trials[key].label}, is {ratio:.3f}× as fast ({_interval(others[key])}), {told}{over}"
         + (f"; the input takes {base.ms:.4g} ms" if base and base.ms else ""),
     )
 
@@ -102,11 +104,13 @@ def _winner(books: Books, base: Timed | None, others: Mapping[str, Timed], winne
     alike = f"; {len(near)} other finalist{'s are' if len(near) > 1 else ' is'} within the noise of it" if near else ""
     sample = " a sample" if books.spec.goal == "throughput" else ""
     before = books.cost(books.base, base.ms) if base and base.ms else None
+    over = _over(books, base) if base and base.status == Status.OK else ""
+    bar = f"; it keeps to the budgets with {found.ms:.4g} ms a call, where the input does not: {over}" if over and found.ms else ""
     return Choice(
         key=key,
         keeps_input=False,
-        because=f"{ratio:.2f}x as fast as the input ({_interval(found)}, interleaved pairs): "
-        f"{books.cost(books.known[key], found.ms or 0):.4g} ms{sample}" + (f" against {before:.4g} ms" if before else "") + alike,
+        because=f"{ratio:.2f}× as fast as the input ({_interval(found)}, interleaved pairs): "
+        f"{books.cost(books.known[key], found.ms or 0):.4g} ms{sample}" + (f" against {before:.4g} ms" if before else "") + alike + bar,
         speedup=ratio,
         speedup_low=found.low,
         speedup_high=found.high,

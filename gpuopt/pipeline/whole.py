@@ -121,7 +121,7 @@ class OptimizedPipeline:
         lines = [self.because]
         for part in self.parts:
             gain = (
-                f", {part.speedup:.2f}x, which makes the whole {part.predicted_speedup:.2f}x"
+                f", {part.speedup:.2f}×, which makes the whole {part.predicted_speedup:.2f}×"
                 if part.speedup and part.predicted_speedup
                 else ""
             )
@@ -351,8 +351,8 @@ def _judge(
     one, other = pairs.joined(sides["before"]), pairs.joined(sides["after"])
     result.before_ms, result.after_ms = median(one.samples_ns) / 1e6, median(other.samples_ns) / 1e6
     result.measured = stats.compare_pairs(pairs.split(one), pairs.split(other), threshold=spec.min_gain)
-    told = f"{result.measured.ratio:.2f}x (95%: {result.measured.ci95_low:.3f} to {result.measured.ci95_high:.3f}), {result.before_ms:.4g} ms to {result.after_ms:.4g} ms"
-    expected = f", {result.predicted_speedup:.2f}x was to be expected" if result.predicted_speedup else ""
+    told = f"{result.measured.ratio:.2f}× (95%: {result.measured.ci95_low:.3f} to {result.measured.ci95_high:.3f}), {result.before_ms:.4g} ms to {result.after_ms:.4g} ms"
+    expected = f", {result.predicted_speedup:.2f}× was to be expected" if result.predicted_speedup else ""
     if result.measured.verdict != "faster":
         result.because = f"keep what you have: the whole is {result.measured.verdict}: {told}{expected}"
         return

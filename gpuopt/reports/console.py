@@ -262,8 +262,8 @@ _EASILY_SPARED = 6
 
 
 def _least(column: Column) -> int:
-    """Cells that a column may not go below; prose is readable in 40."""
-    return column.shrinks or 40
+    """Cells that a column may not go below."""
+    return column.shrinks or column.wraps
 
 
 def _cut(text: str, room: int, *, is_path: bool) -> str:

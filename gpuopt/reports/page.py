@@ -18,6 +18,7 @@ from gpuopt.reports.content import (
     search,
     speed,
     steps,
+    streaming,
     tables,
     verdicts,
 )
@@ -30,6 +31,8 @@ def page(report: Report, view: View | None = None) -> Page:
     view = view or View()
     ceilings = report.device.ceilings if report.device else Ceilings()
     whole, report = report, search.finalists(report)
+    # What was streamed has tables of its own, for its times and for what was compared.
+    told = replace(report, runs=(), gates=report.gates if report.runs else ()) if report.streamed else report
     detailed = [run for run in report.runs if (run.waterfall or run.roofline or run.modules) and not report.search]
     name = naming.labels(report.runs)
     blocks: list[Block] = []
@@ -41,15 +44,16 @@ def page(report: Report, view: View | None = None) -> Page:
         blocks += inputs.build(report)
     blocks += devices.build(report)
     blocks += search.build(whole)
+    blocks += streaming.build(report)
     blocks += tables.build(report, view)
     for run in detailed:
         shown = replace(run, modules=(), roofline=()) if is_doctor else run
         blocks += breakdown.build(shown, ceilings, view, name(run) if len(detailed) > 1 else "")
     blocks += generation.build(report, name)
-    blocks += speed.build(report, ceilings, name)
+    blocks += speed.build(told, ceilings, name)
     blocks += program.notes(report)
     blocks += proof.build(report, name)
-    blocks += verdicts.gates(report)
+    blocks += verdicts.gates(told)
     if is_doctor:
         blocks += machine.build(replace(report, runs=()))
     else:
@@ -61,7 +65,8 @@ def page(report: Report, view: View | None = None) -> Page:
             *search.headline(whole),
             *devices.headline(report),
             *generation.headline(report, name),
-            *headline.build(report, ceilings, name),
+            *streaming.headline(report),
+            *headline.build(told, ceilings, name),
         ),
         blocks=tuple(blocks),
         next=tuple(steps.build(report, ceilings)),

@@ -93,11 +93,19 @@ def test_every_option_has_a_help_text() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(error_types()))
-def test_an_error_is_two_lines_and_its_own_exit_code(fake: Callable[..., subprocess.CompletedProcess[str]], name: str) -> None:
-    done = fake(f"error={name}", "profile", "m", "--quiet")
-    assert done.returncode == error_types()[name].exit_code
-    assert done.stderr.splitlines() == [f"error {error_types()[name].error_id}: what happened", "  → what to do"]
-    assert done.stdout == ""
+def test_an_error_is_two_lines_and_its_own_exit_code(
+    name: str, caught: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process; tests/cli/test_streams.py has the exit codes of processes of their own."""
+
+    def fails(*_: object) -> None:
+        raise error_types()[name]("what happened", fix="what to do")
+
+    monkeypatch.setattr(sys.modules["gpuopt.pipeline.jobs"], "profile", fails)
+    assert app.run(["profile", "m", "--quiet"]) == error_types()[name].exit_code
+    streams = capsys.readouterr()
+    assert streams.err.splitlines() == [f"error {error_types()[name].error_id}: what happened", "  → what to do"]
+    assert streams.out == ""
 
 
 def test_a_bug_keeps_its_traceback_and_says_whose_it_is(fake: Callable[..., subprocess.CompletedProcess[str]]) -> None:

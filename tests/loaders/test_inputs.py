@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,21 @@ def test_an_unknown_dimension_names_those_there_are() -> None:
         make(model(nn.Embedding(5, 2)), "input:int64[N,S]", Q=3)
     with pytest.raises(UsageError, match="every size is fixed"):
         make(model(nn.Linear(2, 2)), "input:float32[4,2]", N=3)
+
+
+@pytest.mark.parametrize("form", ["onnx", "exported"])
+def test_a_file_of_fixed_sizes_says_what_they_are_and_how_to_free_them(form: str) -> None:
+    """Naming a free dimension by --input would only be refused again: the file says which are free."""
+    fixed = replace(model(nn.Linear(2, 2), "input:float32[4,2]"), form=form, name="fixed.file")
+    for name, option in (("N", "--batch"), ("S", "--dim S")):
+        with pytest.raises(UsageError, match=r"fixed.file was exported with fixed sizes, input:float32\[4,2\]") as raised:
+            make(fixed, **{name: 3})
+        assert (
+            f"leave {option} away" in raised.value.fix
+            and "gpuopt convert" in raised.value.fix
+            and f"--dim {name}=1:8:64" in raised.value.fix
+        )
+        assert "--input" not in raised.value.fix
 
 
 def test_a_free_dimension_without_a_usual_size_wants_a_value() -> None:

@@ -256,7 +256,7 @@ def _become_worker(args: list[str], says: int, pass_fds: tuple[int, ...], env: M
 
 def fork_workers(patch: pytest.MonkeyPatch) -> None:
     """From here on every isolate.Child is a copy of this process."""
-    import torch._dynamo.config  # for counting FLOPs; here once, not in every copy
+    import torch._dynamo.config  # noqa: F401 - for counting FLOPs; here once, not in every copy
 
     from gpuopt.pipeline import session  # noqa: F401
 

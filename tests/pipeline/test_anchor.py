@@ -90,7 +90,7 @@ def test_what_goes_beside_the_candidates_never_keeps_a_bench_going() -> None:
     assert len(found["a"]) == 2 and calls["beside"] <= 3
 
 
-def test_a_bench_on_a_cpu_reports_the_sustained_ceiling_when_asked(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_bench_on_a_cpu_reports_the_sustained_ceiling_when_asked(tmp_path, monkeypatch, forked) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     candidate = Candidate(
         model=ModelRef(text="torch.nn:Identity"),
@@ -126,7 +126,7 @@ def test_products_faster_than_the_measured_ceiling_have_it_measured_again(monkey
     assert machine.device.ceilings.find("fp32", "sustained") is not None
 
 
-def test_no_room_beside_the_model_is_a_warning_and_no_failure(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_no_room_beside_the_model_is_a_warning_and_no_failure(tmp_path, monkeypatch, forked) -> None:  # type: ignore[no-untyped-def]
     from gpuopt.core.result import Status
     from gpuopt.pipeline.isolate import Child, ChildFailed
 

@@ -326,3 +326,23 @@ def test_fix_that_changes_nothing_says_so(
     monkeypatch.setattr(doctor, "diagnose", lambda seat, job, machine: (made_up(change, safe=False),))
     report = doctor.doctor(replace(tools.job("doctor", tools.candidate(models("net"), N=4)), fix=True))
     assert any(words in note for note in report.runs[0].notes)
+
+
+def test_fix_makes_a_rewrite_and_shows_which_run_it_is(local: Any, tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the rules know which rewrites this model's code takes."""
+    pytest.importorskip("transformers")
+    from gpuopt.reports import console
+
+    seen: list[Any] = []
+
+    def judged(evidence: Any, **_: Any) -> tuple[Finding, ...]:
+        seen.append(evidence)
+        return (made_up(Change(rewrites=("no_mask",)), safe=True, low=0.0, high=9.0),)
+
+    monkeypatch.setattr(session_stage.doctor, "diagnose", judged)
+    job = replace(tools.job("doctor", tools.candidate("gpuopt.models:bert_large_tiny", N=1, S=16)), fix=True)
+    report = doctor.doctor(job)
+    assert seen[0].can_rewrite("no_mask") and seen[0].rewrites["fuse_conv"], "a model without convolutions has none to fuse"
+    assert [run.transforms for run in report.runs] == [(), ("no_mask",)] and report.runs[1].status is Status.OK
+    text = console.text(report, width=100)
+    assert "no_mask" in text[text.index("\nSpeed") : text.index("FLOPs:", text.index("\nSpeed"))]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from gpuopt.cli import app
 from gpuopt.core import codec
 from gpuopt.core.errors import Unsupported, UsageError
 from gpuopt.core.generation import Generated, GenerateSpec, GenerationBuilt, TokenTimes
+from gpuopt.core.progress import Silent
 from gpuopt.core.result import Device, Report, Run, Stats, Status
 from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, DimSpec, InputSpec, Job, ModelRef
 from gpuopt.devices import null
-from gpuopt.pipeline import generation, jobs
+from gpuopt.pipeline import generation, jobs, machine
 from gpuopt.reports import console
 
 QUICK = BenchSpec(
@@ -92,10 +94,75 @@ def test_the_command_compares_generate_with_a_static_cache(tmp_path: Path, capsy
     assert json.loads(target.read_text())["runs"][1]["accuracy"]["passed"] is True
 
 
-def test_a_child_of_its_own_generates(unmeasured: None) -> None:
-    (run,) = jobs.bench(job("gpuopt.models:llama_8b_tiny", "eager:static", new_tokens=4, S=9)).runs
+def test_children_build_at_once_and_one_that_fails_takes_nobody_along(
+    unmeasured: None, monkeypatch: pytest.MonkeyPatch, forked: None
+) -> None:
+    monkeypatch.setattr(generation, "_at_once", lambda *_: 2)
+    seen: list[Report] = []
+    watcher = Silent()
+    monkeypatch.setattr(watcher, "so_far", seen.append, raising=False)
+    failed, run = jobs.bench(job("gpuopt.models:llama_8b_tiny", "cudagraphs", "eager:static", new_tokens=4, S=9), watcher).runs
+    assert failed.status is Status.UNSUPPORTED and "NVIDIA GPU" in failed.reason
     assert run.status is Status.OK and run.generated is not None and run.generated.tokens_per_s
     assert run.cold_start_s and run.compile_s and run.load_s
+    assert any("upper bounds" in note for note in run.notes)
+    assert len(seen) >= 3, "a report after each that was built, and after the times"
+
+
+def test_one_far_slower_than_the_fastest_is_timed_alone(local: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "_paced", lambda live, told, spec: (live[1:], live[:1]))
+    asked = job("gpuopt.models:llama_8b_tiny", "eager", "eager:static", new_tokens=6, S=9)
+    first, second = jobs.bench(asked).runs
+    assert first.relative is None and second.relative is not None
+    assert second.relative.reason.startswith("not timed in turns")
+    assert first.latency_ms is not None and second.latency_ms is not None
+    assert second.relative.ratio == pytest.approx(first.latency_ms.median / second.latency_ms.median)
+    assert first.generated is not None and first.generated.tokens_per_s
+    assert any("timed alone" in note for note in first.notes)
+
+
+def seat(name: str) -> Any:
+    return SimpleNamespace(key=name)
+
+
+def test_only_those_that_cost_much_and_are_far_behind_leave_the_turns() -> None:
+    calls = {"eager": 5.8, "static": 2.5, "graphs": 0.9, "inductor": 0.7, "unknown": None}
+    told = {name: found(call_s=seconds) for name, seconds in calls.items()}
+    live = [seat(name) for name in calls]
+    fast, slow = generation._paced(live, told, replace(QUICK, max_time_s=5.0))
+    assert [s.key for s in slow] == ["eager", "static"] and [s.key for s in fast] == ["graphs", "inductor", "unknown"]
+    fast, slow = generation._paced(live, told, replace(QUICK, max_time_s=60.0))
+    assert not slow, "there is time for all"
+    alike = {"a": found(call_s=50.0), "b": found(call_s=60.0)}
+    assert not generation._paced([seat("a"), seat("b")], alike, QUICK)[1], "slow, but neither is far behind"
+
+
+def test_times_that_overlap_prove_nothing() -> None:
+    assert generation.apart([100, 110], [20, 25, 30]).verdict == "faster"
+    assert generation.apart([20, 30], [100, 110]).verdict == "slower"
+    assert generation.apart([100, 50], [60, 40]).verdict == "inconclusive"
+
+
+def test_the_longest_build_loads_first() -> None:
+    ways = ["eager", "inductor:tuned", "inductor", "cudagraphs"]
+    efforts = {name: generation._effort(job("m", name).candidates[0]) for name in ways}
+    assert max(efforts, key=efforts.__getitem__) == "inductor:tuned" and efforts["eager"] < efforts["inductor"]
+
+
+def test_a_prompt_nobody_asked_for_is_cut_to_what_fits(local: list[Any]) -> None:
+    (run,) = jobs.bench(job("gpuopt.models:llama_8b_tiny", "eager:static", new_tokens=100)).runs
+    assert run.status is Status.OK and run.generated is not None and run.generated.prompt_tokens == 28
+    assert "prompts of 28 tokens instead of 128: the model has 128 positions" in run.notes
+    assert run.generated.new_tokens == 100 and run.accuracy is not None and run.accuracy.passed
+
+
+def test_a_way_is_no_preset_that_a_backend_would_have_to_know(local: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    surveyed: list[Job] = []
+    plain = machine.all_surveyed
+    monkeypatch.setattr(machine, "all_surveyed", lambda asked, progress: surveyed.append(asked) or plain(asked, progress))
+    (run,) = jobs.bench(job("gpuopt.models:llama_8b_tiny", "eager:static", new_tokens=4, S=9)).runs
+    assert (run.backend, run.preset, run.status) == ("eager", "static", Status.OK)
+    assert [candidate.backend.preset for candidate in surveyed[0].candidates] == [None]
 
 
 def test_sampling_is_said_and_left_out(broken: Callable[[str], str], local: list[Any]) -> None:
@@ -110,8 +177,9 @@ def test_what_does_not_generate_is_told_as_that(broken: Callable[[str], str], lo
 
 
 def test_a_prompt_beyond_the_positions_is_refused(local: list[Any]) -> None:
-    with pytest.raises(UsageError, match="128 positions"):
+    with pytest.raises(UsageError, match="128 positions") as refused:
         jobs.bench(job("gpuopt.models:llama_8b_tiny", "eager:static", new_tokens=100, S=64))
+    assert "--generate 64" in refused.value.fix
 
 
 def test_a_backend_that_does_not_generate_is_refused_at_once() -> None:
@@ -195,3 +263,4 @@ def test_the_page_says_where_a_server_is_the_right_answer() -> None:
     shown = console.text(replace(report, runs=(generation.timed(run_of(), found(), times, null.DEVICE),)), width=140)
     shown = " ".join(shown.split())
     assert "75%" in shown and "continuous batching" in shown and "bounds, not measurements" in shown
+    assert "against 50.0 tokens/s measured and at most 66.7, the same bytes allow 267 at batch 4" in shown

@@ -20,6 +20,7 @@ from gpuopt.core.errors import BadInput, OutOfMemory, ResourceError, Unavailable
 from gpuopt.core.result import Device, Report, Samples, Stats, Status
 from gpuopt.core.spec import Gates, ModelRef
 from gpuopt.pipeline import ahead, facts, gates, isolate, jobs, worker
+from gpuopt.pipeline import groups as groups_of
 from gpuopt.pipeline import machine as machines
 from gpuopt.pipeline.isolate import Child, ChildFailed
 from gpuopt.profiling.roofline import ImpossibleFigure
@@ -207,6 +208,28 @@ def test_the_same_candidate_twice_is_two_runs_with_samples_of_their_own(local: A
     first, second = report.runs
     assert first.samples_ns and second.samples_ns and first.samples_ns != second.samples_ns
     assert second.relative is not None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "at_once", "together"),
+    [((3, 3), 6, [[3, 3]]), ((3, 3), 5, [[3], [3]]), ((1, 1, 1), 1, [[1], [1], [1]]), ((2, 4, 1, 1), 4, [[2], [4], [1, 1]]), ((), 3, [])],
+)
+def test_groups_build_together_as_far_as_candidates_may_build_at_once(
+    sizes: tuple[int, ...], at_once: int, together: list[list[int]]
+) -> None:
+    groups = [tuple(range(size)) for size in sizes]
+    assert [[len(group) for group in wave] for wave in groups_of.waves(groups, at_once)] == together  # type: ignore[arg-type]
+
+
+def test_groups_that_build_together_are_timed_apart(local: Any, models: Models, tools: Any) -> None:
+    candidates = [tools.candidate(models("net"), f"null:sleep_ms={ms}", N=n) for n in (2, 8) for ms in (2, 3)]
+    report = jobs.bench(tools.job("bench", *candidates, bench=replace(tools.QUICK, build_jobs=4)))
+    assert [(run.dims["N"], run.status, run.relative is not None) for run in report.runs] == [
+        (2, Status.OK, False),
+        (2, Status.OK, True),
+        (8, Status.OK, False),
+        (8, Status.OK, True),
+    ]
 
 
 def test_sizes_are_groups_of_their_own(local: Any, models: Models, tools: Any) -> None:

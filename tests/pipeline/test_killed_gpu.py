@@ -33,7 +33,7 @@ def told(path: Path) -> Any:
     """What of a report is no measurement."""
     search = json.loads(path.read_text())["search"]
     choice = search["choice"]
-    return [(t["key"], t["origin"], t["outcome"]) for t in search["trials"]], choice["key"], choice["keeps_input"], choice["verdict"]
+    return [(t["key"], t["origin"], t["outcome"]) for t in search["trials"]], choice["key"], choice["keeps_input"]
 
 
 def killed_and_resumed(folder: Path, number: int, after_s: float, device: str, backend: str) -> Any:

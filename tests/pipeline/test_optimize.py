@@ -258,7 +258,19 @@ def test_ceilings_that_the_input_beats_rule_nothing_out(local: Any, tools: Any, 
     assert found is not None and found.trials[1].screened_ms is not None and found.trials[1].bound_ms is None
 
 
-def _too_busy(*_: object) -> None:
+def test_a_child_that_cannot_say_what_the_model_is_made_of_costs_its_rewrites_alone(
+    local: Any, tools: Any, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpuopt.pipeline.session import Session
+
+    monkeypatch.setattr(Session, "traits", _too_busy)
+    watcher = tools.Watcher()
+    found = optimize(asked(tools, models("net"), "null:sleep_ms=1", search={"rewrites": None}), watcher).search
+    assert found is not None and found.choice is not None and found.trials[1].screened_ms is not None
+    assert any("no rewrites are tried" in w for w in watcher.warnings)
+
+
+def _too_busy(*_: object, **__: object) -> None:
     raise ResourceError("this machine is too busy to be measured", fix="stop what else runs on it")
 
 

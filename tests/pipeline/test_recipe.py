@@ -156,7 +156,7 @@ def test_files_that_are_no_recipes_are_refused(tmp_path: Path) -> None:
 
 def test_the_recipes_of_the_page_are_recipes() -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         assert recipe.parse(block).candidates
 

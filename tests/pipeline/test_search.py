@@ -303,8 +303,34 @@ def test_an_input_over_the_latency_budget_is_no_bar_to_smaller_batches() -> None
     made = world(ms=saturating, base=w.plain(batch=64), facts=tune.Facts(wall_ms=17.0, on_gpu=True, batch=64))
     found = made.found(SearchSpec(**{**NARROW, "rewrites": ()}, goal="throughput", latency_budget_ms=5.0))
     assert found.choice is not None
-    assert found.choice.keeps_input or made.ms(made.candidate(found.choice.key)) <= 5.0
-    assert "budget" in found.choice.because
+    assert not found.choice.keeps_input and made.ms(made.candidate(found.choice.key)) <= 5.0
+    assert "over the latency budget of 5 ms" in found.choice.because, "why a call of another size is the answer"
+
+
+@pytest.mark.parametrize(("budget", "largest"), [(5.0, 32), (2.0, 12), (1.2, 5), (0.7, 1)])
+def test_where_nothing_at_the_batch_given_keeps_to_the_latency_budget_smaller_ones_are_tried(budget: float, largest: int) -> None:
+    """In fp16 (0.5 + 0.125 x N) ms, in fp32 twice that: at 64 nothing is under any of these budgets."""
+    made = world(ms=saturating, base=w.plain(batch=64), facts=tune.Facts(wall_ms=17.0, on_gpu=True, batch=64))
+    found = made.found(SearchSpec(**{**NARROW, "rewrites": ()}, goal="throughput", latency_budget_ms=budget))
+    smaller = [c for c in made.screens() if c.dims["N"] < 64]
+    assert smaller and all(c.precision is Precision.FP16 for c in smaller), "with the settings that were fastest"
+    assert found.choice is not None
+    chosen = made.candidate(found.choice.key)
+    if found.choice.keeps_input:  # a sample takes longer there than in the input: never slower holds whatever the budget
+        assert made.ms(w.plain(precision="fp16", batch=largest)) / largest >= made.ms(made.base) / 64 * 0.98
+    else:
+        assert made.ms(chosen) <= budget and chosen.dims["N"] >= largest
+    assert len(smaller) <= 6, "halvings that cannot be under the budget are left out"
+
+
+def test_an_input_over_the_memory_budget_is_tried_smaller_too() -> None:
+    made = world(
+        ms=saturating, base=w.plain(batch=64), facts=tune.Facts(wall_ms=17.0, on_gpu=True, batch=64),
+        peak=lambda c: 2**26 * c.dims["N"],
+    )  # fmt: skip
+    found = made.found(SearchSpec(**{**NARROW, "rewrites": ()}, goal="throughput", max_memory_bytes=2 * 2**30))
+    assert found.choice is not None and not found.choice.keeps_input
+    assert made.candidate(found.choice.key).dims["N"] == 32 and made.peak(made.candidate(found.choice.key)) <= 2 * 2**30
 
 
 def test_batches_that_were_named_are_the_only_ones() -> None:

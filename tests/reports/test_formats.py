@@ -238,3 +238,17 @@ def test_an_unknown_table_is_shown_as_it_is(sample: tuple[str, Report]) -> None:
 def test_clean_is_one_printable_line() -> None:
     assert clean("a\x1b[2Jb\r\nc\x00") == "a\N{REPLACEMENT CHARACTER}[2Jb c\N{REPLACEMENT CHARACTER}"
     assert clean("x" * 1000) == "x" * 399 + "…"
+
+
+@pytest.mark.parametrize("width", [60, 72, 80, 100, 120, 140])
+def test_rows_that_differ_in_their_changes_alone_can_be_told_apart_at_any_width(width: int) -> None:
+    """Two runs of one backend: what else a narrow page leaves out, it says which is which."""
+    found = codec.read_json(Report, GOLDEN / "bench.json")
+    first = found.runs[0]
+    changed = ("no_mask", "fuse_linears", "gelu_epilogue:tanh", "attention:cudnn")
+    runs = (first, replace(first, transforms=changed[:1]), replace(first, transforms=changed), replace(first, input_mode="host"))
+    text = console.text(replace(found, runs=runs), width=width)
+    table = text[text.index("\nSpeed") : text.index("ceiling:", text.index("\nSpeed"))]
+    assert "fuse_linears" in table and "attention:cudnn" in table and table.count("no_mask") == 2, table
+    assert "host" in table, table
+    assert all(len(line) <= width for line in table.splitlines())

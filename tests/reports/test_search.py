@@ -75,3 +75,24 @@ def test_the_page_says_what_was_tried_before_where_the_time_went() -> None:
     page = html.render(whole)
     places = [page.index(f'<section id="{name}"') for name in ("search", "speed", "time", "roofline", "modules")]
     assert places == sorted(places) and "Where the time goes in the model as it is" in page
+
+
+def test_what_a_search_costs_is_told_once_and_in_words() -> None:
+    whole = codec.from_json(Report, (ROOT / "recipes/optimize_resnet101/h200.json").read_text(encoding="utf-8"))
+    shown = words(whole, 140)
+    assert "What it costs" in shown and " Costs " not in shown and shown.count("cold start") == 1
+    phased = words(report(INPUT, LEFT, by_phase_s={"screening": 5.0, "explaining": 3.0}))
+    assert "building and screening 5.00 s, tracing 3.00 s" in phased
+
+
+def test_a_bundle_of_the_input_is_called_that() -> None:
+    kept = replace(report(INPUT, LEFT), output="fast")
+    assert "written: fast, the model as it is" in words(kept)
+    chosen = replace(report(INPUT, LEFT, choice=replace(KEPT, keeps_input=False, change="ort")), output="fast")
+    assert "the model as it is" not in words(chosen)
+
+
+def test_why_a_candidate_has_no_trace_is_told_at_any_width() -> None:
+    blind = replace(INPUT, note="no trace of it (this machine is too busy): the doctor proposes nothing for it")
+    for width in (60, 100, 200):
+        assert "this machine is too busy" in words(report(blind, LEFT), width)

@@ -7,6 +7,7 @@ A rewrite is a file and a row. The file offers
     SETTINGS: tuple[str, ...]      words allowed after the colon, () where there are none
     NEEDS_SETTING: bool            optional: without a word after the colon it means nothing
     HALF_ONLY: tuple[str, ...]     optional: settings that exist in fp16 and bf16 alone on a GPU
+    GPU_ONLY: tuple[str, ...] = () optional: settings that a CPU has no kernel for
     applies(module) -> str | None                  None where it would change something, else why not; static, on meta tensors too
     apply(module, setting, inputs) -> str          in place, on gpuopt's own copy; what was done. Raises Unsupported where there is nothing to change
 
@@ -69,6 +70,13 @@ def in_fp32(texts: Iterable[str], device: str) -> tuple[tuple[str, ...], tuple[s
         is_half_only = device.startswith("cuda") and setting is not None and setting in getattr(module, "HALF_ONLY", ())
         (left if is_half_only else kept).append(text)
     return tuple(kept), tuple(left)
+
+
+def lacks_kernel(text: str, device: str) -> str:
+    """Why `name[:setting]` cannot run on this kind of device; "" where it can: a file names such settings in `GPU_ONLY`."""
+    name, _, setting = text.partition(":")
+    is_gpu_only = device == "cpu" and setting in getattr(loaded(name), "GPU_ONLY", ())
+    return f"the {setting} kernel of {name} exists on GPUs alone" if is_gpu_only else ""
 
 
 def is_approximate(texts: Iterable[str]) -> bool:

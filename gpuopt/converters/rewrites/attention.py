@@ -19,6 +19,9 @@ NEEDS_SETTING = True
 HALF_ONLY = ("flash", "cudnn")
 """Settings that a GPU has no fp32 form of."""
 
+GPU_ONLY = ("cudnn", "efficient")
+"""Settings that a CPU has no kernel for."""
+
 
 def applies(module: nn.Module) -> str | None:
     """None for a transformers model whose attention is sdpa. A module that calls F.scaled_dot_product_attention itself has no place where a choice would stay in a graph."""

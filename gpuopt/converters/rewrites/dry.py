@@ -22,20 +22,25 @@ def run(module: nn.Module, inputs: Inputs, watched: Callable[[nn.Module], Any] |
     Raises whatever the forward raises on real tensors, after fake ones failed too.
     """
     try:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with FakeCopyMode(mode), torch.no_grad():
-            twin = copy.deepcopy(module)
-        found = watched(twin) if watched is not None else None
-        given = inputs.map(lambda value: pytree.tree_map_only(torch.Tensor, lambda t: mode.from_tensor(t, static_shapes=True), value))
-        with _quiet(), torch.inference_mode(False), torch.no_grad(), mode:
-            outputs = twin(*given.args, **given.kwargs)
-        return found if watched is not None else outputs
+        return faked(module, inputs, watched)
     except Exception:  # noqa: BLE001  anything may fail on fake tensors: the real run is the judge, and raises what is real
         twin = copy.deepcopy(module)
         found = watched(twin) if watched is not None else None
         with torch.no_grad():
             outputs = twin(*inputs.args, **inputs.kwargs)
         return found if watched is not None else outputs
+
+
+def faked(module: nn.Module, inputs: Inputs, watched: Callable[[nn.Module], Any] | None = None) -> Any:
+    """The same on fake tensors alone. Raises whatever a forward raises on them."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with FakeCopyMode(mode), torch.no_grad():
+        twin = copy.deepcopy(module)
+    found = watched(twin) if watched is not None else None
+    given = inputs.map(lambda value: pytree.tree_map_only(torch.Tensor, lambda t: mode.from_tensor(t, static_shapes=True), value))
+    with _quiet(), torch.inference_mode(False), torch.no_grad(), mode:
+        outputs = twin(*given.args, **given.kwargs)
+    return found if watched is not None else outputs
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 
 from gpuopt.core import kernels
+from gpuopt.core.live import Inputs
 from gpuopt.core.result import Finding
 from gpuopt.core.spec import Change
 from gpuopt.core.trace import Kernel, Trace
@@ -143,8 +144,12 @@ def _attention_flops(evidence: Evidence, shapes: list[tuple[tuple[int, ...], ...
 
 
 def _remedy(evidence: Evidence, *, is_eager: bool) -> tuple[Change | None, str]:
-    """An all-ones mask as an input where the model takes one and got none: then no mask is made inside the graph. Else what keeps fused kernels away."""
+    """Where the model got no mask and makes one inside the graph: the rewrite that makes none, which leaves the fastest kernels free, or an all-ones mask as an input where only
+    that can be. Else what keeps fused kernels away."""
     spec = _mask(evidence)
+    if not is_eager and _no_mask_given(evidence) and evidence.can_rewrite("no_mask"):
+        own = f" (in code of your own, pass an all-ones attention_mask: --input '{spec}')" if spec is not None else ""
+        return Change(rewrites=("no_mask",)), f"--rewrite no_mask: the model makes a mask inside the graph though none is given{own}"
     if spec is not None:
         return Change(
             inputs=(spec,)
@@ -157,6 +162,14 @@ def _remedy(evidence: Evidence, *, is_eager: bool) -> tuple[Change | None, str]:
     return None, "make the mask outside the compiled graph and pass it in, or drop it (is_causal=True); compare with backend eager"
 
 
+def _no_mask_given(evidence: Evidence) -> bool:
+    return evidence.inputs is not None and not any("mask" in name for name in _given(evidence.inputs))
+
+
+def _given(inputs: Inputs) -> set[str]:
+    return {*inputs.kwargs, *(s.name for s in inputs.specs)}
+
+
 def _mask(evidence: Evidence) -> str | None:
     """`attention_mask:int64[N,S]=1` where forward takes one, none is given, and the ids say its shape."""
     forward = getattr(type(evidence.module), "forward", None)
@@ -166,7 +179,7 @@ def _mask(evidence: Evidence) -> str | None:
         names = inspect.signature(forward).parameters
     except (TypeError, ValueError):
         return None
-    given = {*evidence.inputs.kwargs, *(s.name for s in evidence.inputs.specs)}
+    given = _given(evidence.inputs)
     if "attention_mask" not in names or "attention_mask" in given:
         return None
     ids = next((s for s in evidence.inputs.specs if s.name == "input_ids" or (s.dtype in ("int64", "int32") and len(s.shape) == 2)), None)

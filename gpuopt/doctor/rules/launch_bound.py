@@ -20,10 +20,15 @@ GRAPH_NS = 500
 REPLAY_NS = 20_000
 """For the host to replay a graph."""
 GRAPHED = {
+    None: "graphed", "default": "graphed", "freezing": "freezing-graphed", "max-autotune-no-cudagraphs": "max-autotune-graphed",
+    "max-autotune-freezing-no-cudagraphs": "max-autotune-freezing-graphed",
+}  # fmt: skip
+"""Preset of inductor -> the same with the whole call recorded as one CUDA graph."""
+TREES = {
     None: "reduce-overhead", "default": "reduce-overhead", "freezing": "freezing-reduce-overhead", "max-autotune-no-cudagraphs": "max-autotune",
     "max-autotune-freezing-no-cudagraphs": "max-autotune-freezing",
 }  # fmt: skip
-"""Preset of inductor -> the same with CUDA graphs."""
+"""The same with torch's own CUDA graphs, one for each graph that it compiled, chosen in Python at each call: for programs whose calls take different ways."""
 
 
 def find(evidence: Evidence) -> Iterator[Finding]:
@@ -47,7 +52,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         severity="info",
         message=f"the GPU idles {words.ms(own_ms)} a call ({words.share(own_ms / wall_ms)}) waiting for the host to launch {words.number(num_kernels, 'kernel')}"
         + (f", another {words.ms(waits_ms)} for the host's own waits" if waits_ms > 0.01 * wall_ms else ""),
-        fix="CUDA graphs: torch.compile(mode='reduce-overhead'), or gpuopt --backend cudagraphs for eager code"
+        fix=_fix(evidence)
         if not must_sync
         else "first take the waits out of forward (GPU104, GPU106), then CUDA graphs: torch.compile(mode='reduce-overhead')",
         op="cudaLaunchKernel",
@@ -65,9 +70,23 @@ def find(evidence: Evidence) -> Iterator[Finding]:
 def _change(evidence: Evidence) -> Change | None:
     if evidence.backend == "eager":
         return Change(backend=BackendSpec(name="cudagraphs"))
-    if evidence.backend == "inductor" and evidence.preset in GRAPHED:
-        return Change(backend=BackendSpec(name="inductor", preset=GRAPHED[evidence.preset]))
+    presets = TREES if _takes_ways(evidence) else GRAPHED
+    if evidence.backend == "inductor" and evidence.preset in presets:
+        return Change(backend=BackendSpec(name="inductor", preset=presets[evidence.preset]))
     return None
+
+
+def _takes_ways(evidence: Evidence) -> bool:
+    """Whether calls may take different ways through compiled code: it was compiled in parts, or for several sizes."""
+    found = evidence.compiled
+    return found is not None and (found.num_graphs > 1 or bool(found.graph_breaks) or bool(found.recompiles))
+
+
+def _fix(evidence: Evidence) -> str:
+    if evidence.backend == "inductor" and _takes_ways(evidence):
+        return "CUDA graphs: torch.compile(mode='reduce-overhead'), one for each part that was compiled"
+    own = "gpuopt --backend cudagraphs for eager code, " if evidence.backend == "eager" else ""
+    return f"one CUDA graph of the whole call: {own}gpuopt --backend inductor:graphed for compiled code; in code of your own torch.compile(mode='reduce-overhead'), which decides in Python at each call what to replay"
 
 
 RULE = Rule(
@@ -76,7 +95,7 @@ RULE = Rule(
     what="The GPU finishes each kernel before the host has launched the next.",
     why="Python, dispatch and the launch take longer than the kernels: a faster GPU would change nothing.",
     before="y = model(x)",
-    after="model = torch.compile(model, mode='reduce-overhead')\ny = model(x)",
+    after="model = torch.compile(model, mode='reduce-overhead')  # or gpuopt --backend inductor:graphed: one graph for the whole call\ny = model(x)",
     safe=True,
     needs=frozenset({"trace", "waterfall"}),
     find=find,

@@ -51,7 +51,7 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         f"{words.share((short_ms + gaps_ms) / span_ms)} of the call; {words.digits(len(fusable) / steps)} could be fused",
         fix="torch.compile(model): it fuses element-wise ops, norms and reductions into few kernels"
         if is_eager
-        else "a larger batch, or CUDA graphs (preset reduce-overhead)",
+        else "a larger batch, or a CUDA graph of the whole call (preset graphed)",
         op=kernels.short(Counter(k.name for k in short).most_common(1)[0][0]),
         count=round(len(ran) / steps),
         time_ms=short_ms + gaps_ms,

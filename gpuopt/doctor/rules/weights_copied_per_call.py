@@ -6,14 +6,11 @@ from collections.abc import Iterator
 
 from gpuopt.core import units
 from gpuopt.core.result import Finding
-from gpuopt.doctor import transfers, words
+from gpuopt.doctor import streamed, transfers, words
 from gpuopt.doctor.evidence import Evidence
 from gpuopt.doctor.price import priced
 from gpuopt.doctor.rule import Rule
 from gpuopt.doctor.timeline import module_of, num_steps
-
-FITS = 0.9
-"""Of the device's memory: what the weights may take and still leave room to run."""
 
 
 def find(evidence: Evidence) -> Iterator[Finding]:
@@ -30,16 +27,19 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     time_ms = max(transfers.held_ms(trace, copies), transfers.op_ms(trace, tuple(c for c in copies if c.memory == "pageable")))
     share = f" ({words.share(num_bytes / whole)} of the parameters)" if whole else ""
     of_call = f", {words.share(time_ms / evidence.wall_ms)} of the call" if evidence.wall_ms else ""
-    memory = evidence.device.memory_bytes if evidence.device is not None else None
-    is_too_large = bool(whole and memory and whole > FITS * memory)
+    streaming = streamed.streamed(evidence)
+    if streaming is not None and not streamed.is_waited_for(streaming):
+        return  # they have to travel, and nobody waits for them
     where = list(dict.fromkeys(m for c in copies if (m := module_of(trace, c.op))))
     finding = Finding(
         code="",
         severity="info",
         message=f"{units.format_bytes(num_bytes)} of weights{share} are copied to the GPU in every call: {words.ms(time_ms)} in {words.number(len(copies) / steps, 'copy', 'copies')}{of_call}"
-        + (f", in {words.listed(where)}" if where else ""),
-        fix="the weights do not fit: gpuopt stream keeps them pinned and copies each layer while the one before it runs"
-        if is_too_large
+        + (f", in {words.listed(where)}" if where else "")
+        + (f"; the GPU waits {words.ms(streaming.stall.total_ms)} for them: {streaming.stall}" if streaming is not None else ""),
+        fix="the weights do not fit: gpuopt stream keeps them pinned and copies each layer while the one before it runs. By hand: stop reloading, pin once, copy large, "
+        "wait for nothing, overlap, keep resident, in this order (GPU112 to GPU117 price the steps)"
+        if streaming is not None
         else "load and move the model once, before the loop: model = model.to('cuda'); leave no .to()/load_state_dict() in the call",
         module=where[0] if len(where) == 1 else None,
         op="Memcpy HtoD",
@@ -47,8 +47,8 @@ def find(evidence: Evidence) -> Iterator[Finding]:
         bytes=num_bytes,
         time_ms=time_ms,
     )
-    # Streaming hides copies only under compute: how much is for gpuopt stream to measure.
-    yield finding if is_too_large else priced(finding, time_ms, low=0.8, high=1.2, wall_ms=evidence.wall_ms)
+    # What streaming well gives back is told step by step, by rules of their own.
+    yield finding if streaming is not None else priced(finding, time_ms, low=0.8, high=1.2, wall_ms=evidence.wall_ms)
 
 
 RULE = Rule(

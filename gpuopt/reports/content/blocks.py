@@ -55,6 +55,8 @@ class Column:
     """Where every row says the same, it is said once, beside the table's title."""
     shrinks: int = 0
     """Where the page is too narrow, names are cut down to so many characters. 0: never cut."""
+    wraps: int = 40
+    """Where the page is too narrow, prose is broken into lines of no fewer characters than this."""
     is_path: bool = False
     """Cut from the left, as the end of a path tells most; other names lose their middle."""
 

@@ -115,6 +115,12 @@ def _together(told: Sequence[tuple[Run, Generated]]) -> Message | None:
     g = next((g for _, g in told if g.larger_batches), None)
     if g is None or g.bound_tokens_per_s is None:
         return None
+    best = max((o.tokens_per_s or 0.0 for run, o in told if run.status is Status.OK and o.batch == g.batch), default=0.0)
+    now = (
+        f"{f.rate(best)} tokens/s measured and at most {f.rate(g.bound_tokens_per_s)}"
+        if best
+        else f"at most {f.rate(g.bound_tokens_per_s)} tokens/s"
+    )
     steps = []
     for larger in g.larger_batches:
         why = "" if larger.limit == "memory" else ", where products take longer than reading"
@@ -123,7 +129,7 @@ def _together(told: Sequence[tuple[Run, Generated]]) -> Message | None:
     return Message(
         "info",
         f"one step reads {f.si(g.weight_bytes, 'B')} of weights for {f.plural(g.batch, 'sequence')}, and could serve more with the same read:"
-        f" against at most {f.rate(g.bound_tokens_per_s)} tokens/s now, the same bytes allow {'; '.join(steps)} (bounds, not measurements)",
+        f" against {now}, the same bytes allow {'; '.join(steps)} (bounds, not measurements)",
         f"where many requests arrive together, a dedicated server with continuous batching is the right answer ({SERVERS}): gpuopt schedules no requests. "
         "--batch measures how far a fixed batch goes",
     )

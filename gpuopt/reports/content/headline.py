@@ -50,7 +50,8 @@ def build(report: Report, ceilings: Ceilings, name: Callable[[Run], str]) -> tup
             )
             break  # one model guesses the same for each candidate
     if report.output and not report.error:
-        lines.append(Message("good", f"written: {clean(report.output)}"))
+        kept = report.search is not None and report.search.choice is not None and report.search.choice.keeps_input
+        lines.append(Message("good", f"written: {clean(report.output)}" + (", the model as it is" if kept else "")))
     return tuple(lines)
 
 

@@ -14,6 +14,12 @@ SHOWN = 24
 """Trials in the table; the report holds all."""
 REASONS = 8
 """Different reasons of failure that are told in full."""
+_PHASES = {
+    "screening": "building and screening",
+    "explaining": "tracing",
+    "mending": "looking for what must stay in fp32",
+    "finals": "finals",
+}
 _AS_IS = "as is "
 """How a label begins that keeps the input's precision."""
 _TONES = {"chosen": "good", "finalist": "strong", "screened": "", "slower": "dim", "pruned": "dim", "planned": "dim"}
@@ -128,13 +134,15 @@ def _trials(found: Search) -> Table:
                 *([Cell(clean(trial.reason, 160), "dim")] if has_reasons else []),
             )
         )
-    notes = ["expected: before it was built, from the roofline and from what was measured until then"]
-    if found.prediction_error is not None:
-        notes.append(f"median miss of what was expected: {f.share(found.prediction_error)}")
+    missed = f"; it missed by {f.share(found.prediction_error)} in the median" if found.prediction_error is not None else ""
+    notes = [f"expected: before it was built, from the roofline and from what was measured until then{missed}"]
+    if not is_plan:
+        notes.append("screened: a few short blocks, to choose by; what stands under Speed was timed for longer")
     if len(found.trials) > len(shown):
         untried = f", {len(found.trials) - len(tried)} of them not tried" if not is_plan and len(tried) > len(shown) else ""
         said = "more are in the report (--json)" if is_plan or untried else "more were not tried, the report (--json) says why"
         notes.append(f"{len(found.trials) - len(shown)} {said}{untried}")
+    notes += [f"{clean(_name(t), 100)}: {clean(t.note, 500)}" for t in found.trials if t.note]
     if found.resumed:
         notes.append(f"{found.resumed} answers came from the journal")
     if len(found.pareto) > 1:
@@ -157,7 +165,8 @@ def _economics(found: Search, cost: Economics) -> Facts:
         if text is not None:
             rows.append((name, Cell(text)))
 
-    row("search", f.seconds(found.seconds) + "".join(f", {clean(k)} {f.seconds(v)}" for k, v in found.by_phase_s.items()))
+    phases = ", ".join(f"{_PHASES.get(k, clean(k))} {f.seconds(v)}" for k, v in found.by_phase_s.items())
+    row("search", f.seconds(found.seconds) + (f": {phases}" if phases else ""))
     if found.choice is not None and found.choice.keeps_input:  # nothing new has to be built
         return Facts(title="What it cost", rows=tuple(rows))
     row("build", f.seconds(cost.build_s) if cost.build_s is not None else None)

@@ -33,7 +33,8 @@ def build(report: Report, ceilings: Ceilings, name: Callable[[Run], str]) -> lis
     timed = [run for run in report.runs if run.latency_ms is not None]
     if timed:
         blocks.append(_run_table(report, timed, ceilings))
-        blocks += _costs(timed, name)
+        # A search tells the costs of its answer itself, and nobody will pay those of the others.
+        blocks += _costs(timed, name) if report.search is None else []
     failures = [run for run in report.runs if run.status != Status.OK]
     if failures:
         blocks.append(
@@ -72,20 +73,21 @@ def _run_table(report: Report, runs: Sequence[Run], ceilings: Ceilings) -> Table
     relative = any(run.relative for run in runs)
     sustained = any(run.pct_of_sustained is not None for run in runs)
     unit, scale = f.tflops_column(run.tflops for run in runs)
+    # What tells rows apart is never left out for want of room: where it is the same in all of them, it folds.
     columns: list[Column] = []
     columns += [Column("model", folds=True)] if names else []
     columns += [Column("backend"), Column("precision", folds=True)]
-    columns += [Column("changes", spare=6, folds=True)] if transforms else []
+    columns += [Column("changes", folds=True, wraps=16)] if transforms else []
     columns += [Column("shape", folds=True)]
     columns += [Column("device", folds=True)] if report.devices else []
-    columns += [Column("inputs", spare=3, folds=True)] if hosts else []
+    columns += [Column("inputs", folds=True)] if hosts else []
     columns += [
         Column("a call", right=True),
         Column("±95%", right=True, spare=7),
         Column("p95", right=True, spare=8),
         Column("samples/s", right=True, spare=2),
     ]
-    columns += [Column("vs first", right=True)] if relative else []
+    columns += [Column("vs first", right=True, spare=1)] if relative else []
     columns += [Column(unit, right=True, spare=1), Column("of measured", right=True)]
     columns += [Column("of sustained", right=True, spare=6)] if sustained else []
     columns += [Column("of spec", right=True, spare=5)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product as every
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from gpuopt.core.spec import TensorSpec
 from gpuopt.core.trace import Copy, CpuOp, Fetch, Kernel, RuntimeCall, Step, Trace
 from gpuopt.doctor import timeline, transfers
 from gpuopt.doctor.diagnose import diagnose
-from gpuopt.doctor.evidence import Evidence
+from gpuopt.doctor.evidence import Compiled, Evidence
 from gpuopt.doctor.price import AROUND, WIDEST
 from gpuopt.doctor.rule import rules
 from gpuopt.doctor.rules.kv_concat import appended
@@ -218,6 +219,56 @@ def test_a_mask_is_only_asked_for_where_the_model_takes_one_and_has_none() -> No
     assert given_one.change is None and not given_one.safe
     fp32 = replace(bad, precision="fp32", module=None)
     assert not [f for f in diagnose(fp32, table=MINE) if f.code == "GPU306"], "fp32 products are what fp32 asked for"
+
+
+def test_where_the_rewrite_applies_no_mask_is_made_instead_of_one_passed() -> None:
+    from importlib.util import module_from_spec, spec_from_file_location
+    from pathlib import Path
+
+    spec = spec_from_file_location("seed_trap", Path(__file__).parents[1] / "seeds" / "attention_in_math.py")
+    assert spec is not None and spec.loader is not None
+    seed = module_from_spec(spec)
+    spec.loader.exec_module(seed)
+
+    def remedy(**more: Any) -> Any:
+        (found,) = (f for f in diagnose(replace(seed.bad(), **more), table=MINE) if f.code == "GPU306")
+        return found
+
+    rewritten = remedy(rewrites={"no_mask": ""})
+    assert rewritten.change is not None and rewritten.change.rewrites == ("no_mask",) and not rewritten.change.inputs and rewritten.safe
+    assert "--rewrite no_mask" in rewritten.fix and "attention_mask:int64[N,S]=1" in rewritten.fix
+    for elsewhere in ({"rewrites": {"no_mask": "its attention takes no mask"}}, {"rewrites": {"no_mask": ""}, "transforms": ("no_mask",)}):
+        change = remedy(**elsewhere).change
+        assert change is None or not change.rewrites
+    given = seed.bad().inputs
+    masked = replace(given, kwargs={**given.kwargs, "attention_mask": torch.ones(2, 2)})
+    change = remedy(rewrites={"no_mask": ""}, inputs=masked).change
+    assert change is None, "a mask that is given is kept by the rewrite: it would change nothing"
+
+
+@pytest.mark.parametrize(
+    ("compiled", "preset", "wanted"),
+    [
+        (None, None, "graphed"),
+        (Compiled(num_graphs=1), "default", "graphed"),
+        (Compiled(num_graphs=1), "max-autotune-no-cudagraphs", "max-autotune-graphed"),
+        (Compiled(num_graphs=3), "default", "reduce-overhead"),
+        (Compiled(num_graphs=1, recompiles=(("f m.py:1", "size"),)), "freezing", "freezing-reduce-overhead"),
+    ],
+)
+def test_one_graph_of_the_whole_call_where_all_calls_take_one_way(compiled: Any, preset: str | None, wanted: str) -> None:
+    tape = Played()
+    for _ in range(100):
+        tape.run("aten::mm", GEMM, 12 * US, host_ns=30 * US)
+    seen = evidence(
+        tape, backend="inductor", preset=preset, compiled=compiled, waterfall=waterfall.build(tape.trace(), tape.ms, GPU.ceilings, ())
+    )
+    (found,) = (f for f in diagnose(seen, table=MINE) if f.code == "GPU404")
+    assert found.change is not None and found.change.backend is not None and found.change.backend.preset == wanted
+    assert ("reduce-overhead" if "reduce" in wanted else "inductor:graphed") in found.fix
+    from gpuopt.backends.inductor import PRESETS
+
+    assert wanted in PRESETS
 
 
 def test_copies_are_sorted_by_size_into_inputs_and_weights() -> None:

@@ -1,0 +1,107 @@
+"""Values of `gpuopt stream`: what a command asks for beyond a plan, and what it found: rows of a frontier, rivals at the same budget, checks, a packed folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpuopt.core.streaming import Plan, Streamed, StreamSpec
+
+ACTIONS = ("plan", "run", "bench", "verify", "pack")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamRequest:
+    """What is to be done with a model and its budgets."""
+
+    action: str = "plan"
+    """One of ACTIONS."""
+    specs: tuple[StreamSpec, ...] = ()
+    """One a budget; `bench` and `plan` take several, which is a frontier."""
+    generate: int | None = None
+    """A call is the greedy generation of so many tokens; its forwards are timed, the prompt's apart. None: a call is a forward."""
+    calls: int = 20
+    """Timed, a row."""
+    forwards: int = 20
+    """Of each race that `verify` hunts."""
+    rivals: bool = True
+    """`bench`: beside everything resident and accelerate's device_map, where they can be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamSpan:
+    """What a queue of a device is busy with, in a forward of the steady state."""
+
+    queue: str
+    """`compute`, `copy` or `disk`."""
+    unit: str
+    """Empty: what is computed outside units."""
+    start_ms: float
+    """From the start of the forward; what began before it is below 0."""
+    end_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamRow:
+    """One budget: its plan, a picture of it, and what came of it."""
+
+    plan: Plan | None = None
+    """None where `measured` carries it."""
+    spans: tuple[StreamSpan, ...] = ()
+    measured: Streamed | None = None
+    reason: str = ""
+    """Why there is no plan, or nothing was measured."""
+    fix: str = ""
+
+    @property
+    def planned(self) -> Plan | None:
+        """The plan, wherever it is."""
+        return self.measured.plan if self.measured is not None else self.plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamArm:
+    """Another way to run the same model, timed in turns with the streamed one of the same row."""
+
+    name: str
+    """`everything resident`, `accelerate device_map`."""
+    row: int | None = None
+    """Index of the row whose budget it had; None: no budget."""
+    median_ms: float | None = None
+    p10_ms: float | None = None
+    p90_ms: float | None = None
+    num_calls: int = 0
+    peak_device_bytes: int | None = None
+    setup_s: float | None = None
+    simulated: bool = False
+    reason: str = ""
+    """Why it was not run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamCheck:
+    """One thing that `verify` looked at."""
+
+    name: str
+    passed: bool | None
+    """None: it could not be looked at; `detail` says why."""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamReport:
+    """All that `gpuopt stream` found."""
+
+    action: str
+    device: str
+    """As typed, with what it stands for: `cuda:0`, `simulated:link=5.5e+10,…`."""
+    model: str = ""
+    load_s: float | None = None
+    rows: tuple[StreamRow, ...] = ()
+    arms: tuple[StreamArm, ...] = ()
+    checks: tuple[StreamCheck, ...] = ()
+    packed: str | None = None
+    """Folder that was written."""
+    packed_bytes: int | None = None
+    tokens: tuple[int, ...] = ()
+    """Of `run --generate`: what the first sequence got."""
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,1 @@
+"""Weights that are larger than the device: bind once, then move only bytes."""

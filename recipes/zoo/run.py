@@ -1,0 +1,237 @@
+"""The twenty recipes of this folder -> a report each and a verdict: what is fastest at batch 1 and at a large batch, or that eager is kept. From the repository's root:
+
+    python -m recipes.zoo.run --output zoo-out --gpus 2 --deadline 500     all of them, one at a time on each of two GPUs
+    python -m recipes.zoo.run --output zoo-out --only gpt2,vit_base
+    python -m recipes.zoo.run --output zoo-out --device cpu --tiny         a rehearsal, whose figures mean nothing
+    python -m recipes.zoo.table zoo-out                                    the reports -> docs/zoo.md
+
+Each recipe is a `gpuopt run` of its own; its report is OUTPUT/NAME.json and what it said is OUTPUT/logs/NAME.log. The most different architectures come first, so that a
+run that is cut short still tells. At the deadline those still running are ended with their children, and keep what they have measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpuopt.core import codec
+from gpuopt.core.errors import GpuoptError, UsageError
+from gpuopt.core.result import Report
+from recipes.zoo.verdict import Verdict, verdicts
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+ORDER = (
+    "resnet50",
+    "bert_base",
+    "granite_moe",
+    "diffusion_unet",
+    "whisper_small",
+    "detr_resnet50",
+    "smollm2_360m",
+    "swin_tiny",
+    "lstm_tagger",
+    "t5_base",
+    "wav2vec2_base",
+    "mobilenet_v2",
+    "deberta_v3_base",
+    "vit_base",
+    "segformer_b0",
+    "clip_vit_base",
+    "gpt2",
+    "efficientnet_b0",
+    "convnext_tiny",
+    "regnet_y_4gf",
+)
+"""The most different ones first."""
+LIMIT_S = 150.0
+"""For one recipe."""
+GRACE_S = 8.0
+"""Between the word to end and the end: a report of what was measured is written in it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How one recipe's command ended."""
+
+    name: str
+    seconds: float
+    reason: str
+    """Empty where it came to its end by itself."""
+    report: Report | None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when every recipe has a report, 1 when some have none, 2 for a command that cannot be."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.zoo.run", description="Twenty architectures against fp16 eager.")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="recipes run at once, each on a GPU of its own")
+    parser.add_argument("--deadline", type=float, default=1200.0, metavar="SECONDS")
+    parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="SECONDS", help="for one recipe")
+    parser.add_argument("--only", default="", metavar="NAME,…")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="models of the same classes for a laptop: a rehearsal")
+    asked = parser.parse_args(arguments)
+    try:
+        names = chosen(asked.only)
+        found = run(
+            names,
+            asked.output,
+            gpus=max(1, asked.gpus),
+            deadline_s=asked.deadline,
+            limit_s=asked.limit,
+            device=asked.device,
+            tiny=asked.tiny,
+        )
+    except GpuoptError as error:
+        print(f"{error.message}: {error.fix}" if error.fix else error.message, file=sys.stderr)
+        return 2
+    return 0 if len(found) == len(names) and all(ended.report is not None for ended in found) else 1
+
+
+def chosen(only: str) -> list[str]:
+    """Names in the order they are run. Raises UsageError for one that there is none of."""
+    wanted = [word.strip() for word in only.split(",") if word.strip()]
+    for word in wanted:
+        if word not in ORDER:
+            raise UsageError(f"no architecture is called {word!r}", fix="one of " + ", ".join(ORDER))
+    return [name for name in ORDER if not wanted or name in wanted]
+
+
+def run(
+    names: Sequence[str],
+    output: Path,
+    *,
+    gpus: int = 1,
+    deadline_s: float = 1200.0,
+    limit_s: float = LIMIT_S,
+    device: str = "cuda",
+    tiny: bool = False,
+) -> list[Ended]:
+    """All recipes named, `gpus` at a time. Nothing is begun after the deadline, and what runs then is ended. Raises UsageError where the folder cannot be made."""
+    began = time.monotonic()
+    logs = output / "logs"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{output.name} cannot be made: {error.strerror}", fix="--output DIR") from error
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for name in names:
+        waiting.put(name)
+    found: list[Ended] = []
+    guard = threading.Lock()
+
+    def work(gpu: int) -> None:
+        while True:
+            left = deadline_s - (time.monotonic() - began)
+            try:
+                name = waiting.get_nowait()
+            except queue.Empty:
+                return
+            if left < 3 * GRACE_S:
+                with guard:
+                    print(f"{name}: not begun, the {deadline_s:.0f} s were over", flush=True)
+                continue
+            ended = _one(name, output, gpu=gpu, limit_s=min(limit_s, left - GRACE_S), device=device, tiny=tiny)
+            with guard:
+                found.append(ended)
+                print(line(ended), flush=True)
+
+    workers = [threading.Thread(target=work, args=(gpu,)) for gpu in range(gpus)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    print(f"{sum(e.report is not None for e in found)} of {len(names)} reports in {time.monotonic() - began:.0f} s", flush=True)
+    return found
+
+
+def line(ended: Ended) -> str:
+    """One architecture for the terminal."""
+    head = f"{ended.name:<16} {ended.seconds:5.0f} s"
+    told = [f"({ended.reason})"] if ended.reason else []
+    if ended.report is None:
+        return " ".join([head, *told, "no report"])
+    return " ".join([head, *(_told(v) for v in verdicts(ended.report)), *told])
+
+
+def _told(found: Verdict) -> str:
+    failed = f", {len(found.failures)} failed" if found.failures else ""
+    if found.eager is None:
+        return f"| N={found.batch} no eager to compare with{failed}"
+    if found.best is None:
+        return f"| N={found.batch} eager kept{failed}"
+    return f"| N={found.batch} {found.speedup:.2f}x {found.label}{failed}"
+
+
+def _one(name: str, output: Path, *, gpu: int, limit_s: float, device: str, tiny: bool) -> Ended:
+    recipe, report, log = HERE / f"{name}.yaml", output.resolve() / f"{name}.json", output / "logs" / f"{name}.log"
+    if tiny:
+        recipe = output.resolve() / "logs" / f"{name}.yaml"
+        recipe.write_text(codec.to_json(small((HERE / f"{name}.yaml").read_text(encoding="utf-8")), indent=1), encoding="utf-8")
+    report.unlink(missing_ok=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    if device == "cuda":
+        visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
+        environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if gpu < len(visible) else str(gpu)
+    command = [sys.executable, "-m", "gpuopt", "run", _shown(recipe), "--device", device, "--json", str(report), "--quiet", "--no-input"]
+    began = time.monotonic()
+    reason = ""
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            process.wait(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            reason = f"ended after {limit_s:.0f} s"
+            process.send_signal(signal.SIGINT)  # its own way out: what was measured is written, its children are ended
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=GRACE_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return Ended(name=name, seconds=time.monotonic() - began, reason=reason, report=_read(report))
+
+
+def small(text: str) -> dict[str, Any]:
+    """A recipe as a mapping, for the tiny model of the same name: short texts, batches up to 3, little time."""
+    plain: dict[str, Any] = codec.load_yaml(text, what="recipe")
+    plain["model"] = str(plain["model"]).replace("recipes.zoo.models:", "recipes.zoo.tiny:")
+    if "dims" in plain:
+        plain["dims"] = {name: 16 for name in plain["dims"]}
+    # A CPU has no CUDA graphs, and computes halves slowly.
+    plain["precision"] = "fp32"
+    plain["candidates"] = [entry for entry in plain["candidates"] if entry["backend"] != "cudagraphs"]
+    for entry in plain["candidates"]:
+        entry.pop("precision", None)
+        entry.update(batch=min(int(entry["batch"]), 3), backend=str(entry["backend"]).partition(":")[0])
+    plain["bench"] = {**plain["bench"], "num_pairs": 3, "min_time_s": 0.02, "max_time_s": 0.1, "warmup_s": 0.02, "build_jobs": 1}
+    return plain
+
+
+def _shown(recipe: Path) -> str:
+    return str(recipe.relative_to(ROOT)) if recipe.is_relative_to(ROOT) else str(recipe)
+
+
+def _read(path: Path) -> Report | None:
+    if not path.exists():
+        return None
+    report = codec.read_json(Report, path)
+    return report if report.runs else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""A small model of blocks, its factory as a file, and children of `gpuopt stream` that live in this process: frames cross as JSON all the same."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from gpuopt.core import codec
+from gpuopt.pipeline import isolate, stream_child, worker
+from gpuopt.pipeline.facts import Failure
+from gpuopt.pipeline.stream_session import StreamSession
+
+FACTORY = """
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Stack(nn.Module):
+    def __init__(self, depth=8, width=64):
+        super().__init__()
+        self.embed = nn.Embedding(50, width)
+        self.layers = nn.ModuleList(Block(width) for _ in range(depth))
+        self.head = nn.Linear(width, 50, bias=False)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def build():
+    torch.manual_seed(7)
+    return Stack().eval()
+
+
+build.input_specs = ("ids:int64[N,S]<50",)
+"""
+
+DEVICE = "simulated:link=1e9,block=0.05ms"
+_pids = itertools.count(100_000)
+
+
+class Inline:
+    """Stands in for `isolate.Child`: a session of this process, asked in the same frames."""
+
+    asked: list[str] = []
+
+    def __init__(self, module: str, **_: Any) -> None:
+        assert module == "gpuopt.pipeline.stream_child"
+        self.pid = next(_pids)
+        self.session = StreamSession()
+
+    def call(self, verb: str, result: Any, *, timeout_s: float, on_progress: Any = None, **arguments: Any) -> Any:
+        Inline.asked.append(verb)
+        plain = {k: codec.dump(v) if hasattr(v, "__dataclass_fields__") else v for k, v in arguments.items()}
+        given = {k: codec.from_plain(stream_child.ARGUMENTS[k], v) if k in stream_child.ARGUMENTS else v for k, v in plain.items()}
+        try:
+            found = getattr(self.session, verb)(**given)
+        except Exception as error:
+            failure = codec.from_plain(Failure, codec.dump(worker.describe(error, verb)))
+            raise isolate._failed(failure) from error
+        return codec.from_plain(result, codec.dump(found))
+
+    def __enter__(self) -> Inline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.session.close()
+
+
+def factory(folder: Path) -> str:
+    """A name that `gpuopt stream` takes."""
+    path = folder / "stack.py"
+    path.write_text(FACTORY, encoding="utf-8")
+    return f"{path}:build"

@@ -1,0 +1,74 @@
+"""`gpuopt stream` on a GPU: bit for bit the model, within its budget, near its bound and its prediction."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import streams
+
+from gpuopt.core.spec import Candidate, DimSpec, InputSpec, ModelRef
+from gpuopt.core.streamed import StreamRequest
+from gpuopt.core.streaming import StreamSpec
+from gpuopt.pipeline.stream_session import StreamSession
+
+pytestmark = pytest.mark.gpu
+
+LARGE = streams.FACTORY.replace("Stack().eval()", "Stack(depth=24, width=2048).half().eval()")
+"""24 blocks of 32 MiB: large enough for the link's rate."""
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> StreamSession:
+    path = tmp_path / "stack.py"
+    path.write_text(LARGE, encoding="utf-8")
+    sizes = {"N": 1, "S": 4}
+    found = StreamSession()
+    found.load(
+        Candidate(
+            model=ModelRef(text=f"{path}:build", trust=(str(path),)),
+            inputs=InputSpec(dims=tuple(DimSpec(name=k, values=(v,)) for k, v in sizes.items())),
+            dims=sizes,
+            device="cuda",
+        ),
+        StreamRequest(action="run"),
+    )
+    return found
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_a_streamed_model_is_the_model_bit_for_bit(session: StreamSession, share: float) -> None:
+    found = session.verify(StreamSpec(budget_share=share), forwards=40)
+    assert {check.name: check.passed for check in found.checks} == dict.fromkeys(("checksums", "outputs", "races", "order"), True)
+    session.close()
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_a_forward_takes_what_the_plan_says_and_is_near_the_bound(session: StreamSession, share: float) -> None:
+    ready = session.bind(StreamSpec(budget_share=share))
+    session.warm()
+    assert ready.plan is not None and ready.pinned_bytes >= ready.plan.streamed_bytes
+    ordered = sorted(session.block(30).samples_ns)
+    middle = ordered[len(ordered) // 2] / 1e6
+    assert middle == pytest.approx(ready.plan.predicted_ms, rel=0.10)
+    assert 100 * ready.plan.bound_ms / middle >= 90
+    assert session.demand_fetches == 0
+    peak = torch.cuda.max_memory_allocated()
+    ledger = ready.plan.ledger
+    assert peak <= ledger.total - ledger.context
+    session.close()
+
+
+def test_everything_that_fits_costs_next_to_nothing(session: StreamSession) -> None:
+    session.resident(StreamSpec(budget_share=1.0))
+    session.warm()
+    whole = sorted(session.block(50).samples_ns)[25]
+    session.bind(StreamSpec(budget_share=1.0))
+    session.warm()
+    assert sorted(session.block(50).samples_ns)[25] <= 1.05 * whole
+    session.close()
