@@ -15,6 +15,7 @@ from gpuopt.core.result import Report, Run, Status
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 MARK = re.compile(r"<!-- table:(?P<name>[\w-]+) -->\n.*?<!-- /table -->", re.DOTALL)
+GENERATED = re.compile(r"<!-- generated:(?P<name>[\w-]+) -->\n.*?<!-- /generated -->", re.DOTALL)
 SEARCH = re.compile(r"<!-- search:(?P<name>[\w-]+) -->\n.*?<!-- /search -->", re.DOTALL)
 
 
@@ -61,12 +62,43 @@ def searched(name: str) -> str:
     return "\n".join(lines)
 
 
+def generated(name: str) -> str:
+    """One recipe's ways to generate, with the bound they are held against."""
+    report = codec.read_json(Report, ROOT / "recipes" / name / "h200.json")
+    assert report.device is not None
+    lines = [
+        "| what | prefill, ms | a token, ms | tokens/s | of the bound | a whole call against the first | tokens |",
+        "|---|--:|--:|--:|--:|--:|---|",
+    ]
+    bounds = []
+    for run in report.runs:
+        what = " ".join([run.precision or "", run.backend + (f":{run.preset}" if run.preset else ""), *run.transforms])
+        found = run.generated
+        if run.status is not Status.OK or found is None or not found.tokens_per_s:
+            lines.append(f"| {what} | {run.status}: {run.reason.replace('|', '/')[:120]} | | | | | |")
+            continue
+        ratio = run.relative.ratio if run.relative else 1.0
+        same = "as eager's" if found.equal else f"a tie within rounding at {found.first_mismatch}"
+        share = f"{found.pct_of_bound:.1f}%" if found.pct_of_bound else ""
+        lines.append(
+            f"| {what} | {found.prefill_ms:.4g} | {found.ms_per_token:.4g} | {found.tokens_per_s:.1f} | {share} | {ratio:.2f}x | {same} |"
+        )
+        if found.bound_tokens_per_s:
+            bounds.append(
+                f"The bound, {found.bound_tokens_per_s:.0f} tokens/s, reads {found.weight_bytes / 1e9:.1f} GB of weights a token at {found.ceiling}."
+            )
+    notes = [f"{report.device.name}, driver {report.device.driver}, torch {report.environment.packages.get('torch')}.", *bounds[:1]]
+    notes.append(f"`{report.command}` wrote [`recipes/{name}/h200.json`](recipes/{name}/h200.json).")
+    return "\n".join([*lines, "", " ".join(notes)])
+
+
 def row(run: Run) -> str:
     """One run; a run that has no times says why."""
     what = " ".join(
         [
             run.precision or "",
             run.backend + (f":{run.preset}" if run.preset else ""),
+            *(f"{name}={value}" for name, value in sorted(run.options.items())),
             *run.transforms,
             *(["host inputs"] if run.input_mode == "host" else []),
         ]
@@ -96,6 +128,7 @@ def row(run: Run) -> str:
 
 def render(text: str) -> str:
     """README text with its tables made again."""
+    text = GENERATED.sub(lambda m: f"<!-- generated:{m['name']} -->\n{generated(m['name'])}\n<!-- /generated -->", text)
     text = MARK.sub(lambda m: f"<!-- table:{m['name']} -->\n{table(m['name'])}\n<!-- /table -->", text)
     return SEARCH.sub(lambda m: f"<!-- search:{m['name']} -->\n{searched(m['name'])}\n<!-- /search -->", text)
 

@@ -39,7 +39,7 @@ def climb(books: Books) -> Asking[None]:
             return
         wanted = _ranked(books)
         if not wanted and books.unfitting:
-            books.stopped = f"the time budget of {books.spec.time_budget_s:g} s has no room for the {books.unfitting} left that may be faster: --resume with more"
+            books.stopped = f"the time budget of {books.spec.time_budget_s:g} s has no room for the {books.unfitting} left that may be faster: --resume with a larger --time-budget"
             return
         if not wanted:
             books.stopped = books.stopped or f"nothing left is likely to beat the best by {books.spec.min_gain:.0%}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from statistics import median
 
+from gpuopt.core.errors import ResourceError
 from gpuopt.core.result import Run, Samples, Status
 from gpuopt.core.search import Screened
 from gpuopt.core.spec import BenchSpec
@@ -13,6 +14,7 @@ from gpuopt.pipeline.ahead import PASSING
 from gpuopt.pipeline.crew import Crew, Member
 from gpuopt.pipeline.questions import Screen
 from gpuopt.pipeline.seats import Seat
+from gpuopt.profiling.roofline import ImpossibleFigure
 
 BLOCKS = 3
 """Short ones; the median of their calls counts."""
@@ -77,10 +79,15 @@ def _short(spec: BenchSpec) -> BenchSpec:
 
 
 def _metered(crew: Crew, seat: Seat) -> Run:
-    """Memory, without the second and a half that an energy counter needs, and the figures of the short blocks."""
+    """Memory, without the second and a half that an energy counter needs, and the figures of the short blocks. A rate that cannot be is left out, and with it all rates:
+    ceilings taken in a busy minute end no search, and whoever reaches the finals is judged again."""
     found = seat.ask("meters", facts.Measured, spec=replace(crew.job.bench, energy_s=0.0))
     found = replace(found, samples=seat.sampled)
-    return crew.machine.judged(lambda device: figures.measured(seat.run, found, device, seat.count))
+    try:
+        return crew.machine.judged(lambda device: figures.measured(seat.run, found, device, seat.count))
+    except (ImpossibleFigure, ResourceError) as error:
+        crew.progress.warn(f"no rates of {tune.words(seat.candidate, crew.base)} from its screening: {error}")
+        return figures.measured(seat.run, found, crew.machine.device, None)
 
 
 def _lost(crew: Crew, key: str, member: Member) -> tuple[Screened, Run]:

@@ -34,6 +34,7 @@ WAYS: tuple[Way, ...] = (
     Way(backend="inductor", device=0.8, host=0.6, build_s=25.0),
     Way(backend="inductor:reduce-overhead", device=0.8, host=0.03, build_s=30.0, needs=frozenset({"gpu"})),
     Way(backend="inductor:graphed", device=0.8, host=0.02, build_s=30.0, needs=frozenset({"gpu"})),
+    Way(backend="inductor:graphed,wide_rows=true", device=0.78, host=0.02, build_s=30.0, needs=frozenset({"gpu"})),
     Way(backend="inductor:freezing", device=0.75, host=0.6, build_s=35.0, needs=frozenset({"batch_norm"})),
     Way(backend="inductor:freezing-reduce-overhead", device=0.75, host=0.03, build_s=40.0, needs=frozenset({"gpu", "batch_norm"})),
     Way(backend="inductor:freezing-graphed", device=0.75, host=0.02, build_s=40.0, needs=frozenset({"gpu", "batch_norm"})),
@@ -113,8 +114,10 @@ def key(candidate: Candidate) -> str:
 
 def way_of(candidate: Candidate) -> Way:
     """The row of the table; for a backend that has none, plain expectations."""
-    name = str(candidate.backend)
-    return next((way for way in WAYS if way.backend == name), Way(backend=name, device=1.0, host=0.5, build_s=30.0))
+    name, spec = str(candidate.backend), candidate.backend
+    same = [way for way in WAYS if str(BackendSpec.parse(way.backend)) == name]
+    exact = [way for way in same if BackendSpec.parse(way.backend).options == spec.options]
+    return next(iter(exact or same), Way(backend=name, device=1.0, host=0.5, build_s=30.0))
 
 
 def space(base: Candidate, facts: Facts, *, backends: Sequence[str] = (), precisions: Sequence[str] = (), rewrites: Sequence[str] | None = None) -> list[Candidate]:  # fmt: skip

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from gpuopt.core.search import SearchSpec
 from gpuopt.core.spec import BackendSpec, Job, Precision
 from gpuopt.pipeline import isolate, journal
 from gpuopt.pipeline.optimize import optimize
+from gpuopt.profiling.roofline import ImpossibleFigure
 
 Models = Callable[[str], str]
 NARROW: dict[str, Any] = {"precisions": ("fp32",), "rewrites": ()}
@@ -243,6 +245,26 @@ def test_an_input_that_cannot_be_traced_is_searched_for_all_the_same_and_says_so
     assert "too busy" in base.note and "its FLOPs, its bytes and the ceilings" in base.note
     assert any("no trace of eager" in w or "no trace of" in w for w in watcher.warnings)
     assert "too busy" in " ".join(console.text(report, width=140).split())
+
+
+@pytest.mark.parametrize("error", [ResourceError("too busy", fix="wait"), ImpossibleFigure("2 PFLOP/s is above the data sheet")])
+def test_a_rate_that_cannot_be_costs_a_screening_its_rates_alone(
+    local: Any, tools: Any, models: Models, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    from gpuopt.pipeline import trying
+
+    measured = trying.figures.measured
+
+    def impossible(run: Any, found: Any, device: Any, count: Any) -> Any:
+        if count is not None:
+            raise error
+        return measured(run, found, device, count)
+
+    monkeypatch.setattr(trying, "figures", SimpleNamespace(measured=impossible, failed=trying.figures.failed))
+    watcher = tools.Watcher()
+    found = optimize(asked(tools, models("net"), "null:sleep_ms=6", base="null:sleep_ms=30"), watcher).search
+    assert found is not None and found.choice is not None and not found.choice.keeps_input
+    assert any("no rates of" in warning for warning in watcher.warnings)
 
 
 def test_ceilings_that_the_input_beats_rule_nothing_out(local: Any, tools: Any, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

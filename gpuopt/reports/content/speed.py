@@ -197,9 +197,11 @@ def _run_notes(runs: Sequence[Run], ceilings: Ceilings | None) -> tuple[str, ...
         notes.append(f"a call is the median by {', '.join(clean(c) for c in clocks)}; compile time is never part of it")
     if any(run.relative for run in runs):
         pairs = [r.relative for r in runs if r.relative]
+        turns = [p.num_pairs for p in pairs if p.num_pairs]
         notes.append(
-            f"vs first: against the first of the same shape, {f.plural(min(p.num_pairs for p in pairs), 'interleaved pair')};"
-            f" above 1× is faster, within {f.percent(100 * pairs[0].threshold)} the same"
+            "vs first: against the first of the same shape"
+            + (f", {f.plural(min(turns), 'interleaved pair')}" if turns else "")
+            + f"; above 1× is faster, within {f.percent(100 * pairs[0].threshold)} the same"
         )
         notes += [f"? inconclusive: {clean(p.reason)}" for p in pairs if p.verdict == "inconclusive" and p.reason]
     for run in runs:
