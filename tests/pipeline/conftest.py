@@ -152,6 +152,8 @@ class LocalChild:
     """isolate.Child without the process: every argument, answer and failure takes the same way through JSON."""
 
     pids = iter(range(1, 1 << 30))
+    alone = threading.RLock()
+    """Children that build at once are threads here, and a step sets switches of the process while it works."""
 
     def __init__(self) -> None:
         self.session: Session | None = Session()
@@ -161,7 +163,8 @@ class LocalChild:
         assert self.session is not None, f"{verb} was asked of a child that had ended"
         frame = json.loads(json.dumps({k: codec.dump(v) if hasattr(v, "__dataclass_fields__") else v for k, v in arguments.items()}))
         try:
-            plain = codec.dump(worker._perform(self.session, verb, frame))
+            with self.alone:
+                plain = codec.dump(worker._perform(self.session, verb, frame))
         except Exception as error:
             failure = json.loads(json.dumps(codec.dump(worker.describe(error, verb))))
             raise isolate._failed(codec.from_plain(facts.Failure, failure, what="worker")) from error

@@ -72,7 +72,10 @@ def broken(tmp_path: Path) -> Callable[[str], str]:
     return lambda name: f"{tmp_path / 'broken.py'}:{name}"
 
 
-def test_the_command_compares_generate_with_a_static_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str], local: list[Any]) -> None:
+def test_the_command_compares_generate_with_a_static_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], local: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # a narrow terminal leaves columns out
     target = tmp_path / "report.json"
     words = "bench gpuopt.models:t5_large_tiny --generate 6 --dim S=20 --device cpu -b eager -b eager:static --max-time 0.5s -q".split()
     assert app.run([*words, "--json", str(target)]) == 0

@@ -149,6 +149,7 @@ def test_the_hot_modules_are_replaced_and_the_cold_one_is_left_alone(pipe: Pipe,
 
 def test_a_real_search_decides_what_takes_a_modules_place(pipe: Pipe) -> None:
     pipe.vae = nn.Identity().eval()  # type: ignore[assignment]
+    pipe.unet.ms = 30.0  # other tests may take the cores for some milliseconds
 
     def run() -> Any:
         with torch.no_grad():
@@ -231,7 +232,7 @@ def test_a_whole_that_is_no_faster_keeps_its_modules(pipe: Pipe, decided: None) 
 
     def run() -> Any:
         if "forward" in vars(pipe.unet):
-            time.sleep(0.03)
+            time.sleep(0.08)
         return pipe()
 
     found = optimized(pipe, run)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.graph import GraphLowering
 
 from gpuopt.programs import generated, inductor, stack_line
 from gpuopt.programs.weigh import tally_for
@@ -212,11 +213,11 @@ PRODUCTS = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
 
 
 def test_reading_is_put_back_as_it_was_even_when_the_compile_fails() -> None:
-    before = inductor.GraphLowering.codegen
+    before = GraphLowering.codegen
     with pytest.raises(ZeroDivisionError), inductor.reading([]):
-        assert inductor.GraphLowering.codegen is not before
+        assert GraphLowering.codegen is not before
         raise ZeroDivisionError
-    assert inductor.GraphLowering.codegen is before
+    assert GraphLowering.codegen is before
 
 
 class Lowered:
@@ -230,17 +231,17 @@ class Lowered:
 
 
 def test_graphs_that_autotuning_tries_are_no_part_of_the_call_and_one_generated_twice_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor.GraphLowering, "codegen", lambda graph: (types.SimpleNamespace(value=graph.code), None))
+    monkeypatch.setattr(GraphLowering, "codegen", lambda graph: (types.SimpleNamespace(value=graph.code), None))
     outer: list[generated.Generated] = []
     inner: list[generated.Generated] = []
     twice = Lowered(None, "first")
     with inductor.reading(outer):
         for graph in (Lowered("benchmark_decompose_k_mm_3", "tried"), twice):
-            inductor.GraphLowering.codegen(graph)
+            GraphLowering.codegen(graph)
         twice.code = "second"
         with inductor.reading(inner):
-            inductor.GraphLowering.codegen(Lowered("sub", "other"))
-            inductor.GraphLowering.codegen(twice)
+            GraphLowering.codegen(Lowered("sub", "other"))
+            GraphLowering.codegen(twice)
     assert [told.code for told in outer] == ["second", "other"]
     assert [told.code for told in inner] == ["other", "second"]
 
