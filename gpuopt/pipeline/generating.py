@@ -18,7 +18,7 @@ from gpuopt.generation.runner import GenerationRunner
 from gpuopt.generation.shipped import Shipped
 from gpuopt.generation.stepped import Stepped
 from gpuopt.generation.subject import Prompt, Subject, subject
-from gpuopt.pipeline import eagerly
+from gpuopt.pipeline import eagerly, verification
 from gpuopt.pipeline.drawn import Drawn
 from gpuopt.pipeline.facts import ProgressCall
 from gpuopt.timing import clocks
@@ -102,6 +102,9 @@ def built(
         if verify:
             answer = _verified(answer, found, stepped, twin, prompt, tokens, spec, progress)
         answer = _at_other_lengths(answer, found, stepped, twin, prompt, spec, verify=verify, device=device, progress=progress)
+        if twin is not found:
+            twin.module.to("cpu")  # the session's own model: left on the device it would count as memory of the candidate
+            verification.release(device)
         answer = replace(answer, generated=replace(answer.generated, graphs=stepped.launcher.graphs))
     elif verify:  # the reference itself
         answer = replace(answer, passed=True, generated=replace(answer.generated, equal=True))
