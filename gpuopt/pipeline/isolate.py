@@ -181,15 +181,13 @@ class Child:
         """Let it stand still, and the time limit of its step with it. Compilers it started finish the piece they are at: a group that stood still would stay for
         ever where this process is killed meanwhile, since what they watch is their parent's end."""
         if self._paused_at is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(self._process.pid, signal.SIGSTOP)
+            self._process.send_signal(signal.SIGSTOP)  # nothing where it has ended: its number may be somebody else's by now
             self._paused_at = time.monotonic()
 
     def resume(self) -> None:
         """Go on. Harmless where it was not paused."""
         if self._paused_at is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(self._process.pid, signal.SIGCONT)
+            self._process.send_signal(signal.SIGCONT)
             # In this order: a call that waits in another thread reads both, and must never see a time limit come nearer.
             self._stood_s += time.monotonic() - self._paused_at
             self._paused_at = None

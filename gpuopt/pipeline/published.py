@@ -31,6 +31,7 @@ def published(crew: Crew, found: Search, target: Path) -> Search:
 
 def rescued(crew: Crew, target: Path) -> None:
     """After Ctrl-C: the best verified candidate so far, where it is better than the input. What goes wrong now is not told over the interrupt."""
+    crew.ahead.close()  # nobody builds for what is not tried any more
     progress, base_key = crew.progress, tune.key(crew.base)
     key = min(crew.costs, key=lambda k: crew.costs[k], default=base_key)
     if key == base_key:

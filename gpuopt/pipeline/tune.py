@@ -67,8 +67,9 @@ WIDTH = {
     Precision.FP8: 1,
     Precision.INT8: 1,
     Precision.W8: 2,
+    Precision.W4: 2,
 }
-"""Bytes of what is multiplied: weights kept in int8 alone (`w8`) multiply in bf16."""
+"""Bytes of what is multiplied: weights alone kept in int8 or int4 (`w8`, `w4`) multiply in bf16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
