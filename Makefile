@@ -35,7 +35,7 @@ check: venv
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
 
 gpu: venv
 	$(BIN)/python -m pytest -m gpu -n 0

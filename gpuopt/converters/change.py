@@ -11,6 +11,7 @@ from gpuopt.converters import exported, folding, layout, precision, quantised, r
 from gpuopt.core.errors import Unsupported
 from gpuopt.core.live import Inputs, Model
 from gpuopt.core.spec import Precision, TensorSpec, Transforms
+from gpuopt.programs import packing
 
 _NONE = Transforms()
 
@@ -64,7 +65,7 @@ def _module(model: Model, to: Precision | None, transforms: Transforms, inputs: 
         notes += (quantised.quantise if to.is_quantised else precision.cast)(module, to, transforms.keep_fp32)
     if transforms.channels_last:
         notes.append(layout.channels_last(module))
-    parameters = sum(p.numel() for p in module.parameters()) if reshapes else model.num_parameters
+    parameters = packing.num_weights(module) if reshapes else model.num_parameters
     return replace(_retyped(model, to if casts else None, notes), module=module, num_parameters=parameters)
 
 

@@ -1,7 +1,7 @@
-"""nn.Module + fp8, int8 or w8 -> the same module with eight-bit linear layers, in place: the weights are quantised here, once, from the values they came with.
+"""nn.Module + fp8, int8, w8 or w4 -> the same module with quantised linear layers, in place: the weights are quantised here, once, from the values they came with.
 
 Plain modules over plain ATen ops: they export, compile, copy and save like any other, and whoever counts FLOPs or audits dtypes sees `_scaled_mm` and `_int_mm`.
-A value is `q * scale`: `q` in [-448, 448] for float8_e4m3fn, in [-127, 127] for int8, `scale` the row's largest magnitude over that limit, in fp32.
+A value is `q * scale` (of w4: see int4.py): `q` in [-448, 448] for float8_e4m3fn, in [-127, 127] for int8, `scale` the row's largest magnitude over that limit, in fp32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gpuopt.converters import precision
+from gpuopt.converters import int4, precision
 from gpuopt.core.errors import Unsupported
 from gpuopt.core.spec import Precision
 
@@ -31,9 +31,9 @@ MIN_SHARE = 0.5
 """Of the weights that products use, as many must be quantised, or the model is not what its name says."""
 LARGEST_INT8_SUM = (2**31 - 1) // (127 * 127)
 """Products of that many int8 pairs may leave int32."""
-STEP = {Precision.FP8: 16, Precision.INT8: 8, Precision.W8: 1}
-"""Both sizes of a weight must be multiples: what `_scaled_mm` and `_int_mm` ask for on a GPU (ScaledBlas.cpp, Blas.cpp). Kept to on a CPU, so that what was verified there
-is what runs here."""
+STEP = {Precision.FP8: (16, 16), Precision.INT8: (8, 8), Precision.W8: (1, 1), Precision.W4: (int4.OUT_STEP, int4.IN_STEP)}
+"""[out, in] of a weight must be multiples: what `_scaled_mm`, `_int_mm` and `_weight_int4pack_mm` ask for on a GPU (ScaledBlas.cpp, Blas.cpp, int4mm.cu). Kept to on a CPU,
+so that what was verified there is what runs here."""
 SMALLEST_INT_MM = {"cuda": 17}
 """Rows that `_int_mm` needs at least, by device; fewer are padded with zeros, which costs nothing where a compiler fuses them into the quantisation."""
 SHOWN = 3
@@ -158,10 +158,12 @@ class Int8WeightLinear(EightBitLinear):
         return self.finish(functional.linear(rows.to(self.carrier), self.weight_q.to(self.carrier)), None)
 
 
-LAYERS: Mapping[Precision, type[EightBitLinear]] = {
+Quantised = EightBitLinear | int4.Int4WeightLinear
+LAYERS: Mapping[Precision, type[EightBitLinear] | type[int4.Int4WeightLinear]] = {
     Precision.FP8: Fp8Linear,
     Precision.INT8: Int8Linear,
     Precision.W8: Int8WeightLinear,
+    Precision.W4: int4.Int4WeightLinear,
 }
 
 
@@ -170,7 +172,7 @@ def quantise(module: nn.Module, to: Precision, keep_fp32: Sequence[str] = (), *,
 
     What stays in the carrier: layers narrower than 32 or of a size the kernels do not take, those whose weight an embedding or another kind of layer also holds (a tied head:
     two copies would be two truths), subclasses and layers with hooks of their own (what they do with the weight is theirs), convolutions, and everything inside
-    `keep_fp32`, which stays in fp32 as in any cast. `by_row=False` takes one scale a tensor.
+    `keep_fp32`, which stays in fp32 as in any cast. `by_row=False` takes one scale a tensor (of w4 still one a group).
     Raises Unsupported where too little of the model could be quantised, unless `refuses` is off (one layer alone says how sensitive it is), and what
     `precision.cast` raises.
     """
@@ -179,8 +181,8 @@ def quantise(module: nn.Module, to: Precision, keep_fp32: Sequence[str] = (), *,
     places = list(_linears(module, keep_fp32))
     shared = _owners(module, {id(layer) for _, layer in places})
     left: dict[str, list[str]] = defaultdict(list)
-    made: dict[int, EightBitLinear] = {}
-    by_weight: dict[Any, EightBitLinear] = {}
+    made: dict[int, Quantised] = {}
+    by_weight: dict[Any, Quantised] = {}
     changed: list[str] = []
     num_quantised = 0
     for name, layer in places:
@@ -210,7 +212,8 @@ def quantise(module: nn.Module, to: Precision, keep_fp32: Sequence[str] = (), *,
     notes = precision.cast(module, carrier, keep_fp32)
     for part, scale in exact.items():
         part.scale = scale
-    return [*notes, *_notes(to, changed, left, was_half=was_half, by_row=by_row)]
+    groups = Counter(part.group for part in made.values() if isinstance(part, int4.Int4WeightLinear))
+    return [*notes, *_notes(to, changed, left, groups=groups, was_half=was_half, by_row=by_row)]
 
 
 def _linears(module: nn.Module, keep_fp32: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -243,8 +246,11 @@ def _unfit(layer: Any, weight: Tensor, to: Precision) -> str | None:
         return f"weights of {str(weight.dtype).removeprefix('torch.')} already"
     if min(weight.shape) < MIN_FEATURES:
         return f"narrower than {MIN_FEATURES}"
-    if any(size % STEP[to] for size in weight.shape):
-        return f"sizes that are no multiples of {STEP[to]}"
+    if any(size % step for size, step in zip(weight.shape, STEP[to], strict=True)):
+        rows, columns = STEP[to]
+        return (
+            f"sizes that are no multiples of {rows}" if rows == columns else f"sizes that are no multiples of {rows} out and {columns} in"
+        )
     if to is Precision.INT8 and weight.shape[1] > LARGEST_INT8_SUM:
         return f"rows longer than {LARGEST_INT8_SUM}, whose sums may leave int32"
     return None
@@ -273,7 +279,7 @@ def _put(module: nn.Module, name: str, new: nn.Module) -> None:
 def _multiplies_otherwise(part: nn.Module) -> bool:
     """A layer of a kind of its own whose `weight` looks like a product's: what it does with it is not known here."""
     weight = part._parameters.get("weight")
-    known = (*_COUNTED, nn.Embedding, nn.EmbeddingBag, EightBitLinear)
+    known = (*_COUNTED, nn.Embedding, nn.EmbeddingBag, EightBitLinear, int4.Int4WeightLinear)
     return (
         weight is not None
         and weight.dim() == 2
@@ -311,13 +317,23 @@ def _leave_fast_paths(module: nn.Module) -> None:
             part.use_nested_tensor = False
 
 
-def _notes(to: Precision, changed: Sequence[str], left: Mapping[str, Sequence[str]], *, was_half: bool, by_row: bool) -> list[str]:
-    how = "with weights alone in int8" if to is Precision.W8 else f"in {to}, inputs quantised in every call"
-    notes = [f"{len(changed)} linear layers {how}, one scale a {'row' if by_row else 'tensor'}; {to.carrier.dtype} between them"]
+def _notes(
+    to: Precision, changed: Sequence[str], left: Mapping[str, Sequence[str]], *, groups: Mapping[int, int], was_half: bool, by_row: bool
+) -> list[str]:
+    weights_alone = {Precision.W8: "with weights alone in int8", Precision.W4: "with weights alone in int4"}
+    how = weights_alone.get(to, f"in {to}, inputs quantised in every call")
+    scaled = f"one scale and zero a group of {_groups(groups)}" if groups else f"one scale a {'row' if by_row else 'tensor'}"
+    notes = [f"{len(changed)} linear layers {how}, {scaled}; {to.carrier.dtype} between them"]
     notes += [f"left in {to.carrier.dtype}: {_some(names)} ({reason})" for reason, names in left.items()]
     if was_half:
         notes.append(f"the model came in float16; {to} computes between its products in {to.carrier.dtype}")
     return notes
+
+
+def _groups(counted: Mapping[int, int]) -> str:
+    """`128`, or `128 (in 3 of 64)`."""
+    first, *others = sorted(counted, reverse=True)
+    return f"{first}" + (f" (in {', '.join(f'{counted[size]} of {size}' for size in others)})" if others else "")
 
 
 def _some(names: Sequence[str]) -> str:

@@ -27,6 +27,8 @@ class Precision(StrEnum):
     """The same in int8, with sums in int32."""
     W8 = "w8"
     """Weights alone in int8, a scale a row; they multiply in bf16. torchao and gpt-fast call it int8 weight-only, vLLM W8A16. It saves bytes, not FLOPs."""
+    W4 = "w4"
+    """Weights alone in four bits, a scale and a zero a group of 128 (64 or 32 where that does not divide); they multiply in bf16. torchao calls it int4 weight-only, vLLM W4A16."""
 
     @property
     def dtype(self) -> str:
@@ -57,8 +59,9 @@ _STORAGE = {
     Precision.FP8: "float8_e4m3fn",
     Precision.INT8: "int8",
     Precision.W8: "int8",
+    Precision.W4: "int32",  # eight weights a word
 }
-_CARRIER = dict.fromkeys((Precision.FP8, Precision.INT8, Precision.W8), Precision.BF16)
+_CARRIER = dict.fromkeys((Precision.FP8, Precision.INT8, Precision.W8, Precision.W4), Precision.BF16)
 
 DTYPE_BYTES = {
     "float64": 8,

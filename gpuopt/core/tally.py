@@ -18,7 +18,7 @@ from gpuopt.core.result import PrecisionAudit
 HONOURED_SHARE = 0.99
 """A request is honoured when at least this share of the FLOPs it applies to runs in it: small heads and positional products may stay wider."""
 QUANTISED_SHARE = 0.5
-"""The same for fp8, int8 and w8, which leave layers out by design (a head tied to its embedding, sizes no kernel takes) and say which: with less than half the name would be
+"""The same for fp8, int8, w8 and w4, which leave layers out by design (a head tied to its embedding, sizes no kernel takes) and say which: with less than half the name would be
 wrong. The share itself is always told."""
 
 _DTYPES: dict[str, tuple[str, ...]] = {
@@ -35,8 +35,14 @@ _APPLIES_TO: dict[str, tuple[frozenset[str], str]] = {
     **dict.fromkeys(("fp8", "int8"), (frozenset({"product", "recurrent"}), "product FLOPs")),
 }
 """What a request is about, where not about all: torch's attention kernels have none of these modes, its convolutions none of eight bits; both keep the activations' dtype."""
-_STORED = {"w8": ("int8",)}
+_STORED = {"w8": ("int8",), "w4": ("int4",)}
 """Requests about how weights are stored: their products run in the activations' dtype, so what counts is not FLOPs but elements of the weights that products read."""
+_UNPACKS = 15
+"""`& 15` of a word leaves one value of four bits: that is how packed weights are read, where no kernel takes them as they are."""
+_PACKED = {"_weight_int4pack_mm": 8}
+"""Products that take four-bit weights packed -> weights an element of their second operand."""
+_SCALES = frozenset({"sub", "mul", "add"})
+"""Ops by which four-bit values become weights. Eight bits are scaled after the product."""
 _KEEPS_VALUES = frozenset(
     "_to_copy to convert_element_type t permute transpose view _unsafe_view reshape clone expand detach alias slice squeeze unsqueeze".split()
 )
@@ -55,7 +61,7 @@ class Tally:
         self._weights: dict[tuple[str, str], float] = defaultdict(float)
         """(dtype a product's second operand is stored in, where) -> elements; 2-D operands alone, since attention's have a batch"""
         self._stems_from: dict[int, tuple[weakref.ref[Any], str]] = {}
-        """id of a widened tensor -> (itself, the eight-bit dtype it was made from)"""
+        """id of a widened tensor -> (itself, the narrow dtype it was made from)"""
         self._num_widened = 0
 
     def add(self, op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any, where: str = "") -> None:
@@ -64,6 +70,11 @@ class Tally:
         name = rest.partition(".")[0]
         if name in _KEEPS_VALUES:
             self._follow(_at(args, 0), out)
+        elif name in _SCALES and (first := _at(args, 0)) is not None and self._origin(first) == "int4":
+            self._follow(first, out)
+        elif name == "bitwise_and" and len(args) > 1 and _is_mask(args[1]) and hasattr(out, "dtype"):
+            self._num_widened += 1
+            self._stems_from[id(out)] = (weakref.ref(out), "int4")
         formula = _FORMULAS.get(name or namespace)
         if formula is None:
             if namespace not in _PLAIN_NAMESPACES and rest:
@@ -80,18 +91,20 @@ class Tally:
         where = where or f"{name} {'x'.join(_short(args))}"
         self._flops[kind, dtype, where] += flops
         weight = _at(args, 2 if name in _WEIGHT_THIRD else 1) if kind == "product" else None
-        if weight is not None and len(weight.shape) == 2:
+        if weight is not None and name in _PACKED:
+            self._weights["int4", where] += _PACKED[name] * _size(weight.shape)
+        elif weight is not None and len(weight.shape) == 2:
             self._weights[self._origin(weight), where] += _size(weight.shape)
 
     def _origin(self, tensor: Any) -> str:
-        """The dtype its values are stored in: its own, or the eight-bit one it was widened from."""
+        """The dtype its values are stored in: its own, or the narrow one it was widened from."""
         known = self._stems_from.get(id(tensor))
         return known[1] if known is not None and known[0]() is tensor else _dtype(tensor)
 
     def _follow(self, before: Any, after: Any) -> None:
-        if before is None or not hasattr(after, "dtype") or (origin := self._origin(before)) not in _EIGHT_BITS:
+        if before is None or not hasattr(after, "dtype") or (origin := self._origin(before)) not in _NARROW:
             return
-        self._num_widened += _dtype(before) in _EIGHT_BITS and _dtype(after) not in _EIGHT_BITS
+        self._num_widened += _dtype(before) in _NARROW and _dtype(after) not in _NARROW
         if _dtype(after) != origin:
             self._stems_from[id(after)] = (weakref.ref(after), origin)
 
@@ -185,7 +198,7 @@ def tf32_flags(backends: Any, capability: tuple[int, int] | None) -> dict[str, b
         return {"tf32_matmul": matmul == "tf32", "tf32_conv": conv == "tf32"}
 
 
-_EIGHT_BITS = frozenset({"int8"})
+_NARROW = frozenset({"int8", "int4"})
 _WEIGHT_THIRD = frozenset({"addmm", "_addmm_activation", "_sparse_semi_structured_addmm"})
 """Products that are given what they add first."""
 
@@ -355,6 +368,10 @@ def _at(args: Sequence[Any], index: int) -> Any:
     """The tensor at `index`, or None."""
     found = args[index] if index < len(args) else None
     return found if hasattr(found, "shape") and hasattr(found, "dtype") else None
+
+
+def _is_mask(argument: Any) -> bool:
+    return isinstance(argument, int) and argument == _UNPACKS
 
 
 def _dtype(tensor: Any) -> str:

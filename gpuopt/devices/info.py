@@ -26,8 +26,9 @@ _NEEDED_CAPABILITY = {
     Precision.FP16: (7, 0),
     Precision.INT8: (7, 5),
     Precision.W8: (8, 0),
+    Precision.W4: (8, 0),
 }
-"""First compute capability with tensor cores for it (CUDA programming guide, table of features); w8 multiplies in bf16."""
+"""First compute capability with tensor cores for it (CUDA programming guide, table of features); w8 and w4 multiply in bf16."""
 
 
 def resolve(text: str | None) -> str:

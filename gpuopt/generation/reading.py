@@ -12,6 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from gpuopt.programs import packing
+
 _ROWS = frozenset({"embedding", "index_select", "index"})
 """Ops that read the rows they are asked for, not all of their first tensor."""
 
@@ -20,6 +22,12 @@ class _Reads(TorchDispatchMode):
     def __init__(self, module: Any) -> None:
         super().__init__()
         self.storages = {t.untyped_storage().data_ptr() for t in _plain((*module.parameters(), *module.buffers()))}
+        per_element = packing.weights_per_element(module)
+        self.packed = {
+            t.untyped_storage().data_ptr(): n
+            for t in (*module.parameters(), *module.buffers())
+            if (n := per_element.get(id(t))) is not None
+        }
         self.seen: dict[tuple[int, int, int], tuple[float, float]] = {}
         self.rows = 0.0
 
@@ -35,7 +43,7 @@ class _Reads(TorchDispatchMode):
             if looks_up and isinstance(found, torch.Tensor):
                 self.rows += found.numel() * tensor.element_size()
                 continue
-            products = 2.0 * tensor.numel() if tensor.dim() > 1 else 0.0
+            products = 2.0 * tensor.numel() * self.packed.get(tensor.untyped_storage().data_ptr(), 1) if tensor.dim() > 1 else 0.0
             self.seen[(tensor.data_ptr(), tensor.numel(), tensor.element_size())] = (tensor.numel() * tensor.element_size(), products)
         return found
 

@@ -28,6 +28,7 @@ from gpuopt.core.live import Inputs
 from gpuopt.core.result import Count, OpRecord
 from gpuopt.profiling import formulas, higher_order, lines, unseen
 from gpuopt.profiling.traffic import regions_bytes, tensors_in, traffic
+from gpuopt.programs import packing
 
 CONVENTION = "2 FLOPs a multiply-add; products alone are counted; attention counted full, causal or not; padding counted like data"
 
@@ -74,7 +75,7 @@ def module_classes(module: nn.Module) -> dict[str, str]:
 
 def module_parameters(module: nn.Module) -> dict[str, int]:
     """Qualified name -> parameters in it and below, shared ones once; "" is the root."""
-    return {name: sum({id(p): p.numel() for p in child.parameters()}.values()) for name, child in module.named_modules()}
+    return {name: packing.num_weights(child) for name, child in module.named_modules()}
 
 
 def _module_of(target: Any) -> nn.Module | None:
@@ -85,9 +86,7 @@ def _module_of(target: Any) -> nn.Module | None:
 
 
 def _num_parameters(module: nn.Module | None) -> int | None:
-    if module is None:
-        return None
-    return sum({id(p): p.numel() for p in module.parameters()}.values())
+    return None if module is None else packing.num_weights(module)
 
 
 def _count_fake(target: Any, inputs: Inputs, tf32: bool) -> _Counter:

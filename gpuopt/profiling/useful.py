@@ -23,7 +23,7 @@ REAL_IS_ONE = ("attention_mask", "input_mask", "padding_mask", "token_mask")
 REAL_IS_ZERO = ("src_key_padding_mask", "key_padding_mask")
 """Arguments that say which tokens are real; torch.nn marks the padding instead."""
 _GEMMS = frozenset(
-    "aten::mm aten::addmm aten::_addmm_activation aten::linear aten::_scaled_mm aten::_int_mm aten::mkldnn_linear mkldnn::_linear_pointwise".split()
+    "aten::mm aten::addmm aten::_addmm_activation aten::linear aten::_scaled_mm aten::_int_mm aten::_weight_int4pack_mm aten::mkldnn_linear mkldnn::_linear_pointwise".split()
 )
 _WITH_BIAS_FIRST = frozenset({"aten::addmm", "aten::_addmm_activation"})
 _BATCHED = {"aten::bmm": 0, "aten::baddbmm": 1}

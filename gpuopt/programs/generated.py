@@ -50,7 +50,7 @@ _VIEWS = frozenset(
 
 _GROUPS = {
     **dict.fromkeys(
-        "mm addmm bmm baddbmm matmul linear _scaled_mm _int_mm mv addmv _linear_pointwise _mkl_linear bias_addmm _grouped_mm".split(),
+        "mm addmm bmm baddbmm matmul linear _scaled_mm _int_mm mv addmv _linear_pointwise _mkl_linear bias_addmm _grouped_mm _weight_int4pack_mm".split(),
         "product",
     ),
     **dict.fromkeys(

@@ -29,7 +29,7 @@ from gpuopt.core.result import Status
 from gpuopt.core.search import SearchSpec
 from gpuopt.core.spec import BenchSpec, Candidate, Job
 from gpuopt.pipeline import explaining, facts, machine, seats, trying, tune
-from gpuopt.pipeline.ahead import share_of_cores
+from gpuopt.pipeline.ahead import jobs_of_search, share_of_cores
 from gpuopt.pipeline.crew import Crew, gathered
 from gpuopt.pipeline.questions import Explained, Screen
 from recipes.search_cost import record as records
@@ -104,7 +104,7 @@ def measured(
     job = Job(verb="optimize", candidates=(base,), bench=bench, search=SearchSpec(finalists=2))
     here = machine.surveyed(job, _Warnings(say))
     base = replace(base, device=here.device.id)
-    before = _before(output, name, base, here, tiny) if resume and output.exists() else None
+    before = _before(output, name, base, here, tiny, jobs_of_search(bench, here.device)) if resume and output.exists() else None
     with tempfile.TemporaryDirectory(prefix="search-cost-") as caches:
         crew = Timekeeping(job=job, machine=here, base=base, progress=_Warnings(say))
         crew.caches = Path(caches)
@@ -146,11 +146,14 @@ def measured(
     return found
 
 
-def _before(output: Path, name: str, base: Candidate, here: machine.Machine, tiny: bool) -> Record:
+def _before(output: Path, name: str, base: Candidate, here: machine.Machine, tiny: bool, jobs: int) -> Record:
     found = records.read(output)
-    ours = (name, base, tiny, here.device.name, here.device.driver, here.found.environment.packages)
-    if (found.name, found.base, found.tiny, found.device.name, found.device.driver, found.environment.packages) != ours:
-        raise UsageError(f"{output.name} is of another model, machine or version", fix="leave --resume away: all is measured anew")
+    ours = (name, base, tiny, jobs, here.device.name, here.device.driver, here.found.environment.packages)
+    if (found.name, found.base, found.tiny, found.jobs, found.device.name, found.device.driver, found.environment.packages) != ours:
+        raise UsageError(
+            f"{output.name} is of another model, machine or version, or built with more or fewer at once",
+            fix="leave --resume away: all is measured anew",
+        )
     return found
 
 

@@ -7,12 +7,15 @@
     Mend     not recorded: no set found, charged with nothing, counted in `num_outside`.
     Finals   the times of screening once more, as if the pairs confirmed them; free, as a full measurement would need them just as well.
 
+What verification holds candidates against is computed by the first that needs it and shared by the others, as in a search: in the record by the first of each precision, in the
+replay by the first that the search has verified. What it took is told from the median of the other verifications in that precision (`_References`).
+
 The search's time is set against that of all candidates of the space, without the trace: a full measurement needs none, and the search has to pay for its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 from gpuopt.core.errors import BadInput
@@ -95,7 +98,7 @@ def replay(record: Record) -> Replayed:
             found: Search = ended.value
             break
         answer = desk.answer(question)
-        spent += answer.seconds
+        spent += 0.9 * answer.seconds
         if isinstance(question, Screen) and isinstance(answer, Screened):
             tried.add(tune.key(question.candidate))
             if answer.status == Status.OK and answer.ms is not None:
@@ -132,6 +135,10 @@ class _Desk:
     num_outside: int = 0
     outside_s: float = 0.0
     explain_s: float = 0.0
+    references: _References = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.references = _References.of(self.record)
 
     def answer(self, question: Ask) -> Answer:
         if isinstance(question, Screen):
@@ -159,7 +166,8 @@ class _Desk:
             seconds = row.build_s + row.timing_s
             return Screened(status=Status.SKIPPED, reason=reason, ms=row.ms, peak_bytes=row.peak_bytes, seconds=seconds)
         ms = row.ms if row.status == Status.OK else None
-        return Screened(status=row.status, reason=row.reason, ms=ms, peak_bytes=row.peak_bytes, verified=row.verified, seconds=row.seconds)
+        seconds = row.build_s + row.timing_s + self.references.verify_s(row)
+        return Screened(status=row.status, reason=row.reason, ms=ms, peak_bytes=row.peak_bytes, verified=row.verified, seconds=seconds)
 
     def _finals(self, question: Finals) -> Finalists:
         base_ms, timed = _ms(self.record.rows[0]), {}
@@ -175,6 +183,47 @@ class _Desk:
     def _usual_s(self, candidate: Candidate) -> float:
         same = [row.seconds for row in self.record.rows if str(row.candidate.backend) == str(candidate.backend)]
         return median(same or [row.seconds for row in self.record.rows])
+
+
+@dataclass(slots=True, kw_only=True)
+class _References:
+    """Who pays for what candidates are held against."""
+
+    paid: dict[str, float]
+    """Key of a row that paid in the record -> seconds of its verification that were for others too."""
+    due: dict[str, float]
+    """Precision -> those seconds, until somebody pays them in the replay. The first of all, whatever its precision, pays for the reference that all share."""
+    reference_s: float
+
+    @classmethod
+    def of(cls, record: Record) -> _References:
+        """Told from the order of its rows."""
+        by: dict[str, list[Row]] = {}
+        for row in record.rows:
+            if row.verify_s:
+                by.setdefault(_precision(row), []).append(row)
+        paid, due, reference_s = {}, {}, 0.0
+        for number, (precision, rows) in enumerate(by.items()):
+            first, *others = rows
+            extra = max(0.0, first.verify_s - median(row.verify_s for row in others)) if others else 0.0
+            paid[tune.key(first.candidate)] = extra
+            if number:
+                due[precision] = extra
+            else:
+                reference_s = extra  # with what its own precision needs besides: it cannot be told apart
+        return cls(paid=paid, due=due, reference_s=reference_s)
+
+    def verify_s(self, row: Row) -> float:
+        """Of this one in the replay, its turn now."""
+        if not row.verify_s:
+            return 0.0
+        seconds = row.verify_s - self.paid.get(tune.key(row.candidate), 0.0) + self.reference_s + self.due.pop(_precision(row), 0.0)
+        self.reference_s = 0.0
+        return seconds
+
+
+def _precision(row: Row) -> str:
+    return row.candidate.precision.value if row.candidate.precision is not None else ""
 
 
 def _ms(row: Row) -> float:

@@ -122,5 +122,8 @@ def declared(base: Candidate, facts: tune.Facts, *, most: int = MOST, ways: Sequ
         if best is None or score > best[0]:
             best = (score, spec)
     if best is None:
-        raise UsageError(f"no space of at most {most} candidates has any besides the input", fix="a larger --most")
+        raise UsageError(
+            f"nothing besides the input can run here, or not in a space of {most} candidates",
+            fix="a larger --most; gpuopt backends shows what can run",
+        )
     return best[1]

@@ -25,10 +25,10 @@ INTRO = f"""# What a search costs
 recorded with what it cost. Then the search, as it is, was replayed on the record. It is to reach {GOAL_REACHED:.0%} of the optimum in at most {GOAL_SHARE:.0%} of the time that
 all candidates take, on at least {GOAL_MODELS} models.
 
-How a space is declared is in [`space.py`](../recipes/search_cost/space.py): by a rule that looks at nothing that was measured, and without presets that autotune, whose cost
+How a space is declared is in [`recipes/search_cost/space.py`](../recipes/search_cost/space.py): by a rule that looks at nothing that was measured, and without presets that autotune, whose cost
 would make any search that avoids them look cheap. A candidate costs what its own process worked for it: started, loaded, built with empty caches, timed, verified. The time
 it stood still while another was timed is not in it. The search pays for its trace of the input as well, which a full measurement does not need; what it asks for outside the
-record is charged with what candidates of that backend took, and teaches it nothing ([`replay.py`](../recipes/search_cost/replay.py)).
+record is charged with what candidates of that backend took, and teaches it nothing ([`recipes/search_cost/replay.py`](../recipes/search_cost/replay.py)).
 """
 NOTHING = (
     "Not measured yet on an H200: `python -m recipes.search_cost.run --output recipes/search_cost/h200` measures the spaces there, "

@@ -19,8 +19,8 @@ if shared is None:
 command, QUICK = shared.command, shared.QUICK
 
 
-@pytest.mark.parametrize(("to", "said"), [("fp8", "float8_e4m3fn"), ("int8", "int8"), ("w8", "stored in int8")])
-def test_a_bert_goes_through_at_eight_bits(to: str, said: str, command: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("to", "said"), [("fp8", "float8_e4m3fn"), ("int8", "int8"), ("w8", "stored in int8"), ("w4", "stored in int4")])
+def test_a_bert_goes_through_at_eight_bits_and_four(to: str, said: str, command: Any, tmp_path: Path) -> None:
     words = ("bench", "gpuopt.models:bert_large_tiny", "--precision", to, "--device", "cpu", "--dim", "S=16")
     ended = command(*words, *QUICK, "--json", "r.json")
     assert ended.code == 0, ended.err

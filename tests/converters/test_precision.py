@@ -189,7 +189,7 @@ def test_a_mixed_model_is_cast_even_where_its_commonest_dtype_is_right(make):
     assert {p.dtype for p in cast_of(model, Precision.FP32).module.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("to", [Precision.FP8, Precision.INT8, Precision.W8])
+@pytest.mark.parametrize("to", [Precision.FP8, Precision.INT8, Precision.W8, Precision.W4])
 def test_a_quantisation_is_not_a_cast(bert, to):
     with pytest.raises(AssertionError, match="scales"):
         precision.cast(bert[0].module, to)

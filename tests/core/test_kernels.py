@@ -12,6 +12,14 @@ NAMES = [
     ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", "tensor-core product", "product", True, "float16"),
     ("nvjet_sm90_hss_64x8_64x16_1x1_h_bz_splitK_NNT", "tensor-core product", "product", True, "float16"),
     ("nvjet_tst_320x128_64x3_1x2_h_bz_coopB_bias_TNT", "tensor-core product", "product", True, "bfloat16"),
+    (
+        "void at::native::tinygemm_m16n8k16_chunk_kernel<at::native::ALayout_RM<(at::native::KReductionType)0>, at::native::BLayout_TC_int4<8, 128>, "
+        "at::native::ALayout_RM<(at::native::KReductionType)0>, 8, 8>(void const*, void const*, void const*, void*, int, int, int, int, int, int)",
+        "tensor-core product",
+        "product",
+        True,
+        "bfloat16",
+    ),
     ("sm90_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_execute_segment_k_off_kernel__5x_cublas", "tensor-core product", "product", True, "float16"),
     ("ampere_fp16_s16816gemm_fp16_128x128_ldg8_f2f_stages_32x5_tn", "tensor-core product", "product", True, "float16"),
     ("ampere_bf16_s16816gemm_bf16_64x64_sliced1x2_ldg8_f2f_stages_64x5_nn", "tensor-core product", "product", True, "bfloat16"),

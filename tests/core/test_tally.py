@@ -263,6 +263,40 @@ def test_another_tensor_at_the_same_address_is_not_taken_for_a_weight() -> None:
     assert tally._origin(other) == "bfloat16"
 
 
+def test_w4_follows_four_bits_from_the_mask_that_unpacks_them_to_the_product_and_no_other_mask() -> None:
+    def unpacked_by(mask: int) -> Tally:
+        tally = Tally()
+        words, wide = t(6, 1, 32, 4, 8, dtype=torch.int32), t(48, 128, dtype=torch.bfloat16)
+        bits, centred = (t(48, 1, 128, dtype=torch.int32) for _ in range(2))
+        floats, scaled, shifted = (t(48, 1, 128) for _ in range(3))
+        turned, x = t(128, 48, dtype=torch.bfloat16), t(4, 128, dtype=torch.bfloat16)
+        tally.add("aten.bitwise_and.Scalar", [words, mask], {}, bits)
+        tally.add("aten.sub.Tensor", [bits, 8], {}, centred)
+        tally.add("aten._to_copy.default", [centred], {}, floats)
+        tally.add("aten.mul.Tensor", [floats, t(48, 1, 1)], {}, scaled)
+        tally.add("aten.add.Tensor", [scaled, t(48, 1, 1)], {}, shifted)
+        tally.add("aten._to_copy.default", [shifted], {}, wide)
+        tally.add("aten.t.default", [wide], {}, turned)
+        tally.add("aten.mm.default", [x, turned], {}, t(4, 48, dtype=torch.bfloat16))
+        return tally
+
+    audit = unpacked_by(15).audit("w4", "test")
+    assert audit.honoured and audit.shares == {"bfloat16": 1.0}
+    assert audit.reason == "100.00% of the weights that products read are stored in int4"
+    assert not unpacked_by(7).audit("w4", "test").honoured and not unpacked_by(15).audit("w8", "test").honoured
+
+
+def test_w4_weighs_packed_words_by_the_weights_in_them() -> None:
+    tally = Tally()
+    x, out = t(4, 128, dtype=torch.bfloat16), t(4, 48, dtype=torch.bfloat16)
+    tally.add("aten._weight_int4pack_mm.default", [x, t(6, 1, 32, 4, dtype=torch.int32), 128, t(1, 48, 2)], {}, out)
+    tally.add("aten.mm.default", [x, t(128, 48, dtype=torch.bfloat16)], {}, out)
+    audit = tally.audit("w4", "test")
+    assert audit.reason == "50.00% of the weights that products read are stored in int4" and tally.flops == {
+        "bfloat16": 2.0 * 2 * 4 * 48 * 128
+    }
+
+
 def test_convolutions_and_attention_are_outside_an_fp8_request_and_half_of_the_products_carries_it() -> None:
     def mixed(narrow: int) -> Tally:
         tally = Tally()

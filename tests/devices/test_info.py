@@ -331,8 +331,8 @@ def test_the_cpu_is_described():
 @pytest.mark.parametrize(
     ("capability", "lacking"),
     [
-        ("7.0", {"tf32", "bf16", "fp8", "int8", "w8"}),
-        ("7.5", {"tf32", "bf16", "fp8", "w8"}),
+        ("7.0", {"tf32", "bf16", "fp8", "int8", "w8", "w4"}),
+        ("7.5", {"tf32", "bf16", "fp8", "w8", "w4"}),
         ("8.0", {"fp8"}),
         ("8.6", {"fp8"}),
         ("8.9", set()),
@@ -350,7 +350,7 @@ def test_a_gpu_says_which_precisions_it_lacks(capability, lacking):
 def test_a_cpu_computes_in_everything_but_tf32_and_says_what_it_emulates():
     device = Device(id="cpu", name="x", kind="cpu")
     assert {p.value for p in Precision if info.supports(device, p)} == {"tf32"}
-    assert {p.value for p in Precision if info.emulates(device, p)} == {"fp8", "int8", "w8"}
+    assert {p.value for p in Precision if info.emulates(device, p)} == {"fp8", "int8", "w8", "w4"}
     assert not any(info.emulates(Device(id="cuda:0", name="x", kind="cuda", capability="9.0"), p) for p in Precision)
     assert not any(info.supports(null.DEVICE, p) for p in Precision)
 

@@ -1,4 +1,4 @@
-"""fp8, int8 and w8 from the ask to the verdict: the carrier in every input and twin, the gate that judges them, the audit and the notes a report shows."""
+"""fp8, int8, w8 and w4 from the ask to the verdict: the carrier in every input and twin, the gate that judges them, the audit and the notes a report shows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from gpuopt.accuracy import tolerance
 from gpuopt.backends import load_backend
 from gpuopt.bundles import write
-from gpuopt.converters import quantised
+from gpuopt.converters import int4, quantised
 from gpuopt.core.errors import Unsupported
 from gpuopt.core.result import Status
 from gpuopt.core.spec import Precision, Tolerance
@@ -46,7 +46,7 @@ def images():
 net.input_specs = ("x:float32[N,64]",)
 images.input_specs = ("x:float32[N,3,8,8]",)
 """
-ALL = ("fp8", "int8", "w8")
+ALL = ("fp8", "int8", "w8", "w4")
 
 
 @pytest.fixture
@@ -93,11 +93,11 @@ def test_a_quantised_candidate_is_judged_by_its_signal_against_fp64_of_the_origi
         again.close()
 
 
-@pytest.mark.parametrize("to", ["fp8", "int8"])
+@pytest.mark.parametrize("to", ["fp8", "int8", "w4"])
 def test_scales_that_are_too_coarse_do_not_pass(
     to: str, session: Session, source: Any, tools: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gate must be able to fail: weights a tenth of whose rows lost their scale."""
+    """The gate must be able to fail: weights a tenth of whose rows lost their scale, a third where there are four bits of each."""
     honest = quantised.quantise
 
     def careless(module: Any, *args: Any, **kwargs: Any) -> list[str]:
@@ -105,6 +105,8 @@ def test_scales_that_are_too_coarse_do_not_pass(
         for part in module.modules():
             if isinstance(part, quantised.EightBitLinear):
                 part.scale[::10] *= 2.0
+            if isinstance(part, int4.Int4WeightLinear):
+                part.scale[:, ::3] *= 2.0
         return notes
 
     monkeypatch.setattr(quantised, "quantise", careless)

@@ -60,7 +60,7 @@ def _lost_ms(evidence: Evidence, wanted: str) -> tuple[float | None, float]:
 def _fix(wanted: str) -> str:
     if wanted == "tf32":
         return "torch.set_float32_matmul_precision('high') and torch.backends.cudnn.allow_tf32 = True, before the model is built"
-    if wanted in ("fp8", "int8", "w8"):
+    if wanted in ("fp8", "int8", "w8", "w4"):
         return f"quantise the named layers too, or accept them: what has no {wanted} scales stays in the dtype it had"
     dtype = {"fp16": "torch.float16", "bf16": "torch.bfloat16", "fp32": "torch.float32", "fp64": "torch.float64"}.get(wanted, wanted)
     return f"cast the named layers themselves before the export (module.to({dtype})): a backend keeps the dtypes it is given"
