@@ -152,7 +152,7 @@ def test_an_inaccurate_one_that_is_slow_is_answered_as_screening_would_without_i
     slow = [answer for candidate, answer in asked if candidate.backend.name == "inductor"]
     assert {a.status for a in slow} == {"skipped"} and {a.seconds for a in slow} == {BUILD_S + TIMING_S} and all(a.ms for a in slow)
     free = desk.answer(Screen(candidate=next(r.candidate for r in one.rows if r.candidate.backend.name == "inductor")))
-    assert isinstance(free, Screened) and free.status == "accuracy_fail" and free.ms is None, "as the tool answers: a wrong one has no time"
+    assert isinstance(free, Screened) and free.status == "accuracy_fail" and free.ms, "as the tool answers: a wrong one was timed"
     assert free.seconds == BUILD_S + TIMING_S + VERIFY_S
 
 
@@ -287,7 +287,7 @@ def test_a_declared_space_fits_is_diverse_and_has_the_input(
     facts = replace(
         FACTS, on_gpu=on_gpu, own=own, rewrites=dict.fromkeys(rewrites, ""), has_convolutions=convolutions, has_batch_norm=norms, cannot=dict.fromkeys(cannot, "no")
     )  # fmt: skip
-    if not on_gpu and not rewrites and not convolutions and {"ort", "aoti", "inductor"} <= set(cannot):
+    if not on_gpu and {"ort", "aoti", "inductor"} <= set(cannot):
         cannot.remove("aoti")  # eager alone, with nothing to change, is no space
         facts = replace(facts, cannot=dict.fromkeys(cannot, "no"))
     spec = space.declared(BASE, facts, most=most)

@@ -49,7 +49,7 @@ def tried(crew: Crew, question: Screen) -> tuple[Screened, Run]:
     if candidate != crew.base:
         crew.prove(member, "off" if crew.job.bench.verify == "off" else "precision")
     if not seat.ok:
-        return _lost(crew, key, member)
+        return _lost(crew, key, member, ms)
     member.cost_ms = ms / crew.share(candidate)
     crew.make_room()
     return Screened(status=Status.OK, ms=ms, peak_bytes=peak, verified=bool(member.verify)), seat.run
@@ -90,9 +90,10 @@ def _metered(crew: Crew, seat: Seat) -> Run:
         return figures.measured(seat.run, found, crew.machine.device, None)
 
 
-def _lost(crew: Crew, key: str, member: Member) -> tuple[Screened, Run]:
+def _lost(crew: Crew, key: str, member: Member, ms: float | None = None) -> tuple[Screened, Run]:
+    """`ms`: what it takes, where it was timed before it failed: one that is fast and inaccurate is worth mending."""
     run = member.seat.run
     if member.seat.error is not None:
         crew.failures[key] = member.seat.error
     crew.dismiss(key)
-    return Screened(status=run.status.value, reason=run.reason, peak_bytes=run.peak_bytes), run
+    return Screened(status=run.status.value, reason=run.reason, ms=ms, peak_bytes=run.peak_bytes), run

@@ -98,7 +98,7 @@ def replay(record: Record) -> Replayed:
             found: Search = ended.value
             break
         answer = desk.answer(question)
-        spent += 0.9 * answer.seconds
+        spent += answer.seconds
         if isinstance(question, Screen) and isinstance(answer, Screened):
             tried.add(tune.key(question.candidate))
             if answer.status == Status.OK and answer.ms is not None:
@@ -165,9 +165,8 @@ class _Desk:
             reason = f"{row.ms:.4g} ms, and what may be chosen takes less than {question.limit_ms:.4g} ms: not verified"
             seconds = row.build_s + row.timing_s
             return Screened(status=Status.SKIPPED, reason=reason, ms=row.ms, peak_bytes=row.peak_bytes, seconds=seconds)
-        ms = row.ms if row.status == Status.OK else None
         seconds = row.build_s + row.timing_s + self.references.verify_s(row)
-        return Screened(status=row.status, reason=row.reason, ms=ms, peak_bytes=row.peak_bytes, verified=row.verified, seconds=seconds)
+        return Screened(status=row.status, reason=row.reason, ms=row.ms, peak_bytes=row.peak_bytes, verified=row.verified, seconds=seconds)
 
     def _finals(self, question: Finals) -> Finalists:
         base_ms, timed = _ms(self.record.rows[0]), {}

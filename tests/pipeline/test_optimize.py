@@ -127,6 +127,15 @@ def test_a_plan_writes_no_bundle_and_builds_nothing(local: Any, tools: Any, mode
     assert outcomes(report)["null sleep_ms=1"] == "planned" and len(report.runs) == 1
 
 
+def test_one_that_is_fast_and_wrong_is_looked_at_for_what_would_mend_it(local: Any, tools: Any, models: Models) -> None:
+    job = asked(tools, models("net"), "null:sleep_ms=6,fail=wrong", base="null:sleep_ms=30", search={"precisions": ("bf16",)})
+    report = optimize(job)
+    assert report.search is not None
+    (trial,) = [t for t in report.search.trials if t.outcome == "accuracy_fail"]
+    assert trial.screened_ms is not None and trial.screened_ms < 25
+    assert "what failed is the backend's doing" in trial.reason
+
+
 def test_a_report_is_what_its_schema_says(local: Any, tools: Any, models: Models) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     from gpuopt.reports import json as json_report
