@@ -196,7 +196,8 @@ def fork() -> int:
 # -- kills ----------------------------------------------------------------------------------------------------------------------------
 
 WRITER = """
-import json, os, sys, time
+import json, os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background has it ignored
 from pathlib import Path
 from gpuopt.bundles import write
 from gpuopt.core import codec

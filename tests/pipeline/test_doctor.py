@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gpuopt.core.errors import UsageError
 from gpuopt.core.result import Finding, Report, Run, Status
@@ -291,6 +292,8 @@ def test_evidence_says_what_was_asked_for_and_what_the_users_process_has(
     local: Any, tools: Any, compiled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = seen_evidence(monkeypatch)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     for precision in (None, "fp32"):
         doctor.doctor(tools.job("doctor", tools.candidate(f"{compiled}:plain", precision=precision, N=4)))
     as_is, asked = found
