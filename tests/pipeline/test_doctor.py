@@ -292,8 +292,8 @@ def test_evidence_says_what_was_asked_for_and_what_the_users_process_has(
     local: Any, tools: Any, compiled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = seen_evidence(monkeypatch)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    # As a new process has them, whatever tests before this one left; `local` puts them back.
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
     for precision in (None, "fp32"):
         doctor.doctor(tools.job("doctor", tools.candidate(f"{compiled}:plain", precision=precision, N=4)))
     as_is, asked = found
