@@ -77,11 +77,20 @@ def staging(target: Path, *, force: bool = False, source: Path | None = None, lo
             try:
                 yield folder
             finally:
-                shutil.rmtree(folder, ignore_errors=True)  # after an exchange it holds the replaced bundle
+                _removed(folder)  # after an exchange it holds the replaced bundle
     finally:
         for parent in made:  # innermost first; one that holds the published bundle is not empty and stays
             with contextlib.suppress(OSError):
                 parent.rmdir()
+
+
+def _removed(folder: Path) -> None:
+    """All of it, also where Ctrl-C comes in the middle: that is told afterwards."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def publish(build: Build | Path, target: Path, manifest: Manifest, *, force: bool = False, source: Path | None = None) -> Manifest:

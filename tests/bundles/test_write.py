@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -429,3 +430,20 @@ def test_a_live_folder_of_another_target_is_not_swept(tmp_path: Path) -> None:
         with write.staging(tmp_path / "fas"), write.staging(tmp_path / "f"):
             pass
         assert one.is_dir() and two.is_dir()
+
+
+def test_ctrl_c_in_the_middle_of_cleaning_up_still_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rmtree, calls = shutil.rmtree, []
+
+    def interrupted(path: Path, **more: object) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            (Path(path) / "one").unlink()
+            raise KeyboardInterrupt
+        rmtree(path)
+
+    monkeypatch.setattr(write.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), write.staging(tmp_path / "fast") as folder:
+        for name in ("one", "two"):
+            (folder / name).write_text("x")
+    assert len(calls) == 2 and beside(tmp_path / "fast") == []
