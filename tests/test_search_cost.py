@@ -450,10 +450,10 @@ def test_a_machine_at_fault_ends_the_measurement_instead_of_a_candidate(tmp_path
 def test_each_gpu_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: set(range(32)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    (first, some), (second, others) = (run._surroundings(gpu, 2, True) for gpu in range(2))
+    (first, some), (second, others) = ((run.lanes.environment(gpu, on_gpu=True), run._cores(gpu, 2)) for gpu in range(2))
     assert (first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]) == ("4", "5")
     assert (some, others) == (["--cores", "0-15"], ["--cores", "16-31"])
-    assert run._surroundings(0, 1, True)[1] == []
+    assert run._cores(0, 1) == []
 
 
 def test_commands_that_cannot_be_are_refused_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -248,7 +248,7 @@ def test_at_the_deadline_a_recipe_is_ended_with_its_children_and_the_next_is_not
         return started[-1]
 
     monkeypatch.setattr(run, "GRACE_S", 0.5)
-    monkeypatch.setattr(run.subprocess, "Popen", stubborn)
+    monkeypatch.setattr(run.lanes.subprocess, "Popen", stubborn)
     found = run.run(["gpt2", "vit_base"], tmp_path, deadline_s=1.8, limit_s=60.0, device="cpu")
     assert [(ended.name, ended.report) for ended in found] == [("gpt2", None)]
     assert started[0].returncode == -9

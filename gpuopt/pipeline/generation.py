@@ -3,7 +3,6 @@ bound that reading the weights sets."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ from gpuopt.generation import bounds
 from gpuopt.pipeline import facts, figures, groups, reporting
 from gpuopt.pipeline import machine as machines
 from gpuopt.pipeline.admission import Door
-from gpuopt.pipeline.ahead import share_of_cores
+from gpuopt.pipeline.ahead import cores, share_of_cores
 from gpuopt.pipeline.machine import Machine
 from gpuopt.pipeline.seats import Seat, interleaved, measured, seated
 
@@ -157,8 +156,7 @@ def _at_once(num: int, job: Job, device: Device) -> int:
     """Children that build at the same time. Tracing and compiling keep one core busy for minutes, and generate() as shipped another; a CPU's own cores are what is timed."""
     if device.kind == "cpu":
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(num, job.bench.build_jobs or cores // CORES_A_BUILD, MOST_AT_ONCE))
+    return max(1, min(num, job.bench.build_jobs or cores() // CORES_A_BUILD, MOST_AT_ONCE))
 
 
 def _effort(candidate: Candidate) -> int:

@@ -13,26 +13,20 @@ records keep what was measured, count for nothing until they are whole, and --re
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import queue
-import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gpuopt.core.errors import GpuoptError, UsageError
-from recipes import result_file
+from recipes import lanes, result_file
 from recipes.search_cost import record as records
 from recipes.search_cost.record import Record
 from recipes.search_cost.replay import replay
 from recipes.search_cost.space import MOST, chosen
 
-ROOT = Path(__file__).parents[2]
 LIMIT_S = 400.0
 """For one model."""
 GRACE_S = 15.0
@@ -96,38 +90,12 @@ def run(
 ) -> list[Ended]:
     """All models named, `gpus` at a time. Nothing is begun shortly before the deadline, and what runs then is ended. Raises UsageError where the folder cannot be made."""
     began = time.monotonic()
-    try:
-        (output / "logs").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{output.name} cannot be made: {error.strerror}", fix="--output DIR") from error
-    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for name in names:
-        waiting.put(name)
-    found: list[Ended] = []
-    guard = threading.Lock()
 
-    def work(gpu: int) -> None:
-        while True:
-            left = deadline_s - (time.monotonic() - began)
-            try:
-                name = waiting.get_nowait()
-            except queue.Empty:
-                return
-            if left < 3 * GRACE_S:
-                with guard:
-                    print(f"{name}: not begun, the {deadline_s:.0f} s were over", flush=True)
-                continue
-            environment, cores = _surroundings(gpu, gpus, on_gpu)
-            ended = _one(name, output, [*extra, *cores], environment, limit_s=min(limit_s, left - GRACE_S))
-            with guard:
-                found.append(ended)
-                print(line(ended), flush=True)
+    def one(name: str, gpu: int, left_s: float) -> Ended:
+        cores = _cores(gpu, gpus)
+        return _one(name, output, [*extra, *cores], lanes.environment(gpu, on_gpu=on_gpu), limit_s=min(limit_s, left_s))
 
-    workers = [threading.Thread(target=work, args=(gpu,)) for gpu in range(gpus)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    found = lanes.lanes(names, output, one, line, gpus=gpus, deadline_s=deadline_s, grace_s=GRACE_S)
     print(f"{sum(e.is_whole for e in found)} of {len(names)} whole records in {time.monotonic() - began:.0f} s", flush=True)
     return found
 
@@ -148,14 +116,10 @@ def line(ended: Ended) -> str:
     return f"{head} {size} candidates, {one.whole_s:.0f} s; {reached}; chose {one.chosen} at {one.reached:.1%}{told}"
 
 
-def _surroundings(gpu: int, gpus: int, on_gpu: bool) -> tuple[dict[str, str], list[str]]:
-    """The environment of the model on this GPU, and its share of the cores: those it builds on are none of those another GPU's launches need."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    if on_gpu:
-        visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
-        environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if gpu < len(visible) else str(gpu)
+def _cores(gpu: int, gpus: int) -> list[str]:
+    """The share of the cores of the model on this GPU: those it builds on are none of those another GPU's launches need."""
     each = len(os.sched_getaffinity(0)) // gpus if hasattr(os, "sched_getaffinity") else 0
-    return environment, ["--cores", f"{gpu * each}-{(gpu + 1) * each - 1}"] if gpus > 1 and each else []
+    return ["--cores", f"{gpu * each}-{(gpu + 1) * each - 1}"] if gpus > 1 and each else []
 
 
 def _one(name: str, output: Path, extra: Sequence[str], environment: dict[str, str], *, limit_s: float) -> Ended:
@@ -164,25 +128,10 @@ def _one(name: str, output: Path, extra: Sequence[str], environment: dict[str, s
         path.unlink(missing_ok=True)
     command = [sys.executable, "-u", "-m", "recipes.search_cost.measure", name, "--output", str(path), *extra]
     began = time.monotonic()
-    reason = ""
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
-        )
-        try:
-            process.wait(timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            reason = f"ended after {limit_s:.0f} s"
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=GRACE_S)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if process.returncode and not reason:
+    reason, code = lanes.ended(command, environment, log, limit_s=limit_s, grace_s=GRACE_S)
+    if code and not reason:
         said = [text for text in log.read_text(encoding="utf-8", errors="replace").splitlines() if text.strip()]
-        reason = said[-1][:200] if said else f"ended with {process.returncode}"
+        reason = said[-1][:200] if said else f"ended with {code}"
     return Ended(name=name, seconds=time.monotonic() - began, reason=reason, record=records.read(path) if path.exists() else None)
 
 

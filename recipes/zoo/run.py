@@ -12,13 +12,7 @@ run that is cut short still tells. At the deadline those still running are ended
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import queue
-import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +22,7 @@ from typing import Any
 from gpuopt.core import codec
 from gpuopt.core.errors import GpuoptError, UsageError
 from gpuopt.core.result import Report
+from recipes import lanes
 from recipes.zoo.verdict import Verdict, verdicts
 
 HERE = Path(__file__).parent
@@ -121,38 +116,11 @@ def run(
 ) -> list[Ended]:
     """All recipes named, `gpus` at a time. Nothing is begun after the deadline, and what runs then is ended. Raises UsageError where the folder cannot be made."""
     began = time.monotonic()
-    logs = output / "logs"
-    try:
-        logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{output.name} cannot be made: {error.strerror}", fix="--output DIR") from error
-    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for name in names:
-        waiting.put(name)
-    found: list[Ended] = []
-    guard = threading.Lock()
 
-    def work(gpu: int) -> None:
-        while True:
-            left = deadline_s - (time.monotonic() - began)
-            try:
-                name = waiting.get_nowait()
-            except queue.Empty:
-                return
-            if left < 3 * GRACE_S:
-                with guard:
-                    print(f"{name}: not begun, the {deadline_s:.0f} s were over", flush=True)
-                continue
-            ended = _one(name, output, gpu=gpu, limit_s=min(limit_s, left - GRACE_S), device=device, tiny=tiny)
-            with guard:
-                found.append(ended)
-                print(line(ended), flush=True)
+    def one(name: str, gpu: int, left_s: float) -> Ended:
+        return _one(name, output, gpu=gpu, limit_s=min(limit_s, left_s), device=device, tiny=tiny)
 
-    workers = [threading.Thread(target=work, args=(gpu,)) for gpu in range(gpus)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    found = lanes.lanes(names, output, one, line, gpus=gpus, deadline_s=deadline_s, grace_s=GRACE_S)
     print(f"{sum(e.report is not None for e in found)} of {len(names)} reports in {time.monotonic() - began:.0f} s", flush=True)
     return found
 
@@ -181,28 +149,9 @@ def _one(name: str, output: Path, *, gpu: int, limit_s: float, device: str, tiny
         recipe = output.resolve() / "logs" / f"{name}.yaml"
         recipe.write_text(codec.to_json(small((HERE / f"{name}.yaml").read_text(encoding="utf-8")), indent=1), encoding="utf-8")
     report.unlink(missing_ok=True)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    if device == "cuda":
-        visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
-        environment["CUDA_VISIBLE_DEVICES"] = visible[gpu] if gpu < len(visible) else str(gpu)
     command = [sys.executable, "-m", "gpuopt", "run", _shown(recipe), "--device", device, "--json", str(report), "--quiet", "--no-input"]
     began = time.monotonic()
-    reason = ""
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
-        )
-        try:
-            process.wait(timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            reason = f"ended after {limit_s:.0f} s"
-            process.send_signal(signal.SIGINT)  # its own way out: what was measured is written, its children are ended
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=GRACE_S)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    reason, _ = lanes.ended(command, lanes.environment(gpu, on_gpu=device == "cuda"), log, limit_s=limit_s, grace_s=GRACE_S)
     return Ended(name=name, seconds=time.monotonic() - began, reason=reason, report=_read(report))
 
 
