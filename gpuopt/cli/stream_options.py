@@ -59,7 +59,7 @@ EmbedOpt = Annotated[
     str,
     _option("--embed", metavar="device|cpu", help="cpu gathers an embedding's rows on the host, exactly.", panel=STREAM, show_default=True),
 ]
-GraphsOpt = Annotated[bool, _option("--graphs", help="CUDA graphs of what lies between copies.", panel=STREAM)]
+GraphsOpt = Annotated[bool, _option("--graphs", help="CUDA graphs of what lies between copies: not built yet, refused.", panel=STREAM)]
 CompileOpt = Annotated[bool, _option("--compile", help="torch.compile each block after it is bound.", panel=STREAM)]
 OnceOpt = Annotated[
     bool, _option("--once", help="A single forward: the first blocks are resident, and nothing is copied for the next one.", panel=STREAM)
