@@ -92,8 +92,8 @@ InputModeOpt = Annotated[
     str,
     _option(
         "--input-mode",
-        metavar="device|host|both",
-        help="Inputs already on the device, or copied in (and outputs out) by each call.",
+        metavar="device|host|overlapped",
+        help="Inputs already on the device, copied in (and outputs out) by each call, or the next call's copied meanwhile; several with commas.",
         panel=INPUTS,
         show_default=True,
     ),

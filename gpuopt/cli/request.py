@@ -139,8 +139,8 @@ def precisions(texts: Sequence[str] | None) -> tuple[Any, ...]:
 
 
 def input_modes(text: str) -> tuple[str, ...]:
-    """`both` is device, then host."""
-    return recipe.INPUT_MODES if text == "both" else (text,)
+    """`host,overlapped` for several; `both` is device, then host."""
+    return tuple(part.strip() for part in ("device,host" if text == "both" else text).split(","))
 
 
 def transforms(*, channels_last: bool, fold_bn: bool, keep_fp32: Sequence[str] | None, rewrite: Sequence[str] | None = None) -> Transforms:

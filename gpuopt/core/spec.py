@@ -297,7 +297,7 @@ class Candidate:
     device: str = "cpu"
     """`cpu`, `cuda`, `cuda:1` or `null`."""
     input_mode: str = "device"
-    """`device`: inputs already there. `host`: each call copies inputs in and outputs out."""
+    """`device`: inputs already there. `host`: each call copies inputs in and outputs out. `overlapped`: while a call computes, the next one's inputs are copied."""
     evaluation: EvalSpec = field(default_factory=EvalSpec)
 
 

@@ -22,6 +22,7 @@ SEVERITIES = ("error", "warning", "info")
 """From the worst down; `fail_on` names the mildest that fails."""
 
 
+@isolate.forks
 def doctor(job: Job, progress: Progress | None = None) -> Report:
     """`gpuopt doctor [MODEL]`: what breaks or slows it, priced, with the exact change; without a model, the machine."""
     progress = progress or Silent()

@@ -18,7 +18,7 @@ from gpuopt.pipeline.seats import Seat, interleaved, machine_of, measured, prepa
 
 
 def comparable(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
-    """Candidates timed against each other: the same sizes, inputs and input mode on the same device. Order is kept."""
+    """Candidates timed against each other: the same sizes and inputs, which lie in the same memory, on the same device. Order is kept."""
     groups: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         key = codec.digest(
@@ -27,7 +27,7 @@ def comparable(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
                 inputs=candidate.inputs,
                 dims=candidate.dims,
                 device=candidate.device,
-                input_mode=candidate.input_mode,
+                input_mode="device" if candidate.input_mode == "device" else "host",  # both ways to begin with inputs in host memory
             )
         )
         groups.setdefault(key, []).append(candidate)

@@ -8,6 +8,7 @@ floods it neither blocks nor fills a disk.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import select
@@ -18,14 +19,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from gpuopt.core import codec
 from gpuopt.core.errors import GpuoptError, OutOfMemory, ResourceError, TimedOut, error_types
 from gpuopt.core.result import Status
-from gpuopt.pipeline import commons
+from gpuopt.core.spec import Job
+from gpuopt.pipeline import commons, forking
 from gpuopt.pipeline.facts import Failure
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 STDERR_TAIL_BYTES = 16_384
@@ -54,15 +57,7 @@ class Child:
         request_read, request_write = os.pipe()
         reply_read, reply_write = os.pipe()
         self.started = time.monotonic()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module, str(request_read), str(reply_write)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            pass_fds=(request_read, reply_write),
-            start_new_session=True,
-            env={**os.environ, **child_environment(), **(environment or {})},
-        )
+        self._process = _started(module, request_read, reply_write, {**os.environ, **child_environment(), **(environment or {})})
         os.close(request_read)
         os.close(reply_write)
         self._requests = request_write
@@ -125,6 +120,9 @@ class Child:
             self._owed -= 1
             if self._owed:
                 continue  # it answers a call that Ctrl-C ended
+            zygote = forking.current()
+            if zygote is not None:
+                zygote.expect(reply.get("imported", ()))
             if "error" in reply:
                 raise _failed(codec.from_plain(Failure, reply["error"], what="worker"))
             return codec.from_plain(result, reply["ok"], what=f"worker {verb}")
@@ -240,6 +238,41 @@ class Child:
         if kind is not None and self.alive:
             self.kill()  # no politeness on the way out of an error or a Ctrl-C
         self.close()
+
+
+def _started(module: str, requests: int, replies: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes] | forking.Forked:
+    """A copy of the command's zygote where it has one, a new process where not."""
+    zygote = forking.current()
+    if zygote is not None:
+        said, says = os.pipe()
+        try:
+            pid = zygote.fork(module, environment, (requests, replies, says))
+        except forking.Refused:
+            os.close(said)  # a new process is as good, and slower; `zygote.refused` keeps the reason
+        else:
+            return forking.Forked(zygote, pid, os.fdopen(said, "rb"))
+        finally:
+            os.close(says)
+    return subprocess.Popen(
+        [sys.executable, "-m", module, str(requests), str(replies)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        pass_fds=(requests, replies),
+        start_new_session=True,
+        env=dict(environment),
+    )
+
+
+def forks(act: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, P], T]:
+    """For a command of several children: they are copies of a process that has imported torch, and what else more than one of them needs."""
+
+    @functools.wraps(act)
+    def acted(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with forking.kept({**os.environ, **child_environment()}, forking.expected_of(job)):
+            return act(job, *args, **kwargs)
+
+    return acted
 
 
 def child_environment() -> dict[str, str]:

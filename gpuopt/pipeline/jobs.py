@@ -48,6 +48,7 @@ def backends(job: Job, progress: Progress | None = None) -> Report:
     return replace(report, tables={"matrix": [codec.dump(cell) for cell in found.cells], "form": found.form, "model": found.model})
 
 
+@isolate.forks
 def profile(job: Job, progress: Progress | None = None) -> Report:
     """`gpuopt profile MODEL`: where the time goes and how far that is from the roofline."""
     progress = progress or Silent()
@@ -64,6 +65,7 @@ def profile(job: Job, progress: Progress | None = None) -> Report:
     return replace(report, findings=(*found, *report.findings))
 
 
+@isolate.forks
 def bench(job: Job, progress: Progress | None = None) -> Report:
     """`gpuopt bench MODEL…`: verified times over backends, precisions and batches, interleaved where they are compared."""
     progress = progress or Silent()
@@ -94,6 +96,7 @@ def bench(job: Job, progress: Progress | None = None) -> Report:
     return finish(job, machine.found, runs, progress)
 
 
+@isolate.forks
 def compile(job: Job, progress: Progress | None = None) -> Report:
     """`gpuopt compile MODEL --backend B -o DIR`: build, verify, measure against the model as it is, write a bundle."""
     progress = progress or Silent()

@@ -32,6 +32,7 @@ FINGERPRINTED = ("torch", "triton", "onnxruntime", "onnxruntime-gpu", "tensorrt"
 """Packages whose version times depend on."""
 
 
+@isolate.forks
 def optimize(
     job: Job,
     progress: Progress | None = None,

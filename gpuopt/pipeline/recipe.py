@@ -35,7 +35,7 @@ from gpuopt.pipeline import stream_recipe, streaming
 from gpuopt.trust.policy import Format, classify, printable
 
 VERBS = ("profile", "bench", "optimize", "stream", "convert", "compile", "backends", "device")
-INPUT_MODES = ("device", "host")
+INPUT_MODES = ("device", "host", "overlapped")
 MAX_RECIPE_BYTES = 1 << 20
 MAX_NAME = 4096
 """Characters: the longest path there is."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import json
 import os
-import signal
 import sys
 from typing import Any
 
@@ -14,7 +12,7 @@ from gpuopt.core import codec
 from gpuopt.core.spec import Candidate
 from gpuopt.core.streamed import StreamRequest
 from gpuopt.core.streaming import StreamSpec
-from gpuopt.pipeline.worker import PR_SET_PDEATHSIG, describe
+from gpuopt.pipeline.worker import describe, die_with_parent
 
 ARGUMENTS: dict[str, Any] = {"candidate": Candidate, "request": StreamRequest, "spec": StreamSpec}
 """How arguments that are values are read back, by name; every other argument is a plain JSON type."""
@@ -47,11 +45,7 @@ def serve(requests: int, replies: int) -> None:
 def main() -> None:
     """Entry point of the child."""
     faulthandler.enable()  # a crash in native code then says which Python line called it
-    # The parent's death must be this process's too, however it comes (kill -9 included).
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:
-            sys.exit(0)
+    die_with_parent()
     serve(int(sys.argv[1]), int(sys.argv[2]))
     sys.stdout.flush()
     # Native libraries' exit handlers have been seen to hang or abort after the work was done and answered.

@@ -23,7 +23,7 @@ from gpuopt.core.errors import BadInput, GateFailed, GpuoptError, OutOfMemory, R
 from gpuopt.core.generation import GenerateSpec  # noqa: E402
 from gpuopt.core.result import Device, Status  # noqa: E402
 from gpuopt.core.spec import BenchSpec, Candidate, ModelRef, Tolerance  # noqa: E402
-from gpuopt.pipeline import facts  # noqa: E402
+from gpuopt.pipeline import facts, forking  # noqa: E402
 
 PR_SET_PDEATHSIG = 1
 
@@ -55,6 +55,7 @@ def serve(requests: int, replies: int) -> None:
         send({"progress": [fraction, note]})
 
     session = Session(progress=progress, started=STARTED)
+    had = forking.imported()
     with os.fdopen(requests, encoding="utf-8") as lines:
         for line in lines:
             frame = json.loads(line)
@@ -62,7 +63,10 @@ def serve(requests: int, replies: int) -> None:
             if verb == "close":
                 break
             try:
-                send({"ok": codec.dump(_perform(session, verb, frame["args"]))})
+                answer = {"ok": codec.dump(_perform(session, verb, frame["args"]))}
+                now = forking.imported()
+                send({**answer, "imported": [name for name in now if name not in had]} if now != had else answer)
+                had = now
             except Exception as error:  # noqa: BLE001 - every failure of a candidate is a result; the parent decides what it means
                 send({"error": codec.dump(describe(error, verb))})
     session.close()
@@ -134,14 +138,18 @@ def _first_line(error: BaseException) -> str:
     return text[:500] or type(error).__name__
 
 
-def main() -> None:
-    """Entry point of the child."""
-    faulthandler.enable()  # a crash in native code then says which Python line called it
-    # The parent's death must be this process's too, however it comes (kill -9 included).
+def die_with_parent() -> None:
+    """The parent's death is this process's too, however it comes (kill -9 included)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == 1:
             sys.exit(0)
+
+
+def main() -> None:
+    """Entry point of the child."""
+    faulthandler.enable()  # a crash in native code then says which Python line called it
+    die_with_parent()
     serve(int(sys.argv[1]), int(sys.argv[2]))
     sys.stdout.flush()
     # Native libraries' exit handlers have been seen to hang or abort after the work was done and answered.

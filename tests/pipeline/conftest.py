@@ -25,7 +25,7 @@ from gpuopt.core import codec
 from gpuopt.core.result import Device, Report
 from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, DimSpec, InputSpec, Job, ModelRef, Precision
 from gpuopt.devices import info, null
-from gpuopt.pipeline import environment, facts, isolate, worker
+from gpuopt.pipeline import environment, facts, forking, isolate, worker
 from gpuopt.pipeline import machine as machines
 from gpuopt.pipeline.session import Session
 
@@ -264,6 +264,7 @@ def fork_workers(patch: pytest.MonkeyPatch) -> None:
 
     from gpuopt.pipeline import session  # noqa: F401
 
+    patch.setattr(forking, "current", lambda: None)  # a copy of this process is as quick as one of a zygote's, which would have to start
     patch.setattr(isolate, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Forked}))
 
 

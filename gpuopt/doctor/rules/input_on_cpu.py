@@ -31,13 +31,13 @@ def find(evidence: Evidence) -> Iterator[Finding]:
     left_ms = floor_ms + transfers.exposed_ms(trace, tuple(c for c in copies if c.memory != "pageable"))
     if evidence.wall_ms and left_ms < MIN_SHARE * evidence.wall_ms:
         return
-    is_asked = evidence.input_mode == "host"
+    is_asked = evidence.input_mode != "device"
     finding = Finding(
         code="",
         severity="info",
         message=f"{units.format_bytes(num_bytes)} of inputs travel to the GPU in every call: {words.ms(transfers.held_ms(trace, copies))} in {words.number(len(copies) / steps, 'copy', 'copies')}"
-        + (", which is what --input-mode host measures" if is_asked else ""),
-        fix="copy the next batch on a second stream while this one computes, or make the inputs on the GPU"
+        + (f", which is what --input-mode {evidence.input_mode} measures" if is_asked else ""),
+        fix="copy the next batch while this one computes (`for batch in gpuopt.feed(loader)`; --input-mode overlapped measures it), or make the inputs on the GPU"
         if is_asked
         else "give the model inputs that lie on the GPU already: move each once, keep it there, and take .to('cuda') out of the call",
         op="Memcpy HtoD",

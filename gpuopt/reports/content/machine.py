@@ -83,7 +83,7 @@ def _quantities(report: Report) -> set[str]:
         wanted |= {CEILING_OF_DTYPE.get(d, d) for d in run.flops_by_dtype}
         if (quantity := compute_quantity(run)) is not None:
             wanted.add(quantity)
-        if run.input_mode == "host" or (run.waterfall and any("host" in part.name and part.ms > 0 for part in run.waterfall.parts)):
+        if run.input_mode != "device" or (run.waterfall and any("host" in part.name and part.ms > 0 for part in run.waterfall.parts)):
             wanted |= {"h2d", "d2h"}
     return wanted
 

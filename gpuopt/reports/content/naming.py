@@ -73,11 +73,16 @@ def several_models(report: Report) -> bool:
 
 def group(run: Run) -> tuple[Any, ...]:
     """Runs that answer the same question may be ranked against each other."""
-    return (run.model, tuple(sorted(run.dims.items())), run.batch, run.input_mode, run.device)
+    return (run.model, tuple(sorted(run.dims.items())), run.batch, _inputs_in(run.input_mode), run.device)
 
 
 def base_of(run: Run, runs: Sequence[Run]) -> Run | None:
-    """The run that `relative` of this one is against: the first that has times, of the same sizes and input mode."""
-    sizes = (run.dims, run.batch, run.input_mode, run.device)
-    same = [r for r in runs if (r.dims, r.batch, r.input_mode, r.device) == sizes and r.latency_ms is not None]
+    """The run that `relative` of this one is against: the first that has times, of the same sizes, its inputs in the same memory."""
+    sizes = (run.dims, run.batch, _inputs_in(run.input_mode), run.device)
+    same = [r for r in runs if (r.dims, r.batch, _inputs_in(r.input_mode), r.device) == sizes and r.latency_ms is not None]
     return next((r for r in same if r.relative is None), None)
+
+
+def _inputs_in(mode: str) -> str:
+    """The memory that a call's inputs lie in; copied by each call or meanwhile, they begin on the host."""
+    return "device" if mode == "device" else "host"

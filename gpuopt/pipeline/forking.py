@@ -1,0 +1,261 @@
+"""A command's zygote (zygote.py) from its parent's side: asked for children, which start in hundredths of a second instead of the time their imports take.
+
+A command that keeps one open (`kept`) gets its children from it; each is a process, group and session of its own, as one started by exec, and ends with the zygote, which ends with
+this process. Where a fork would differ from a new process (other variables that libraries read when they are imported, an import that touched the device) the child is a new
+process, and `Zygote.refused` says why.
+
+Nothing is imported in the zygote while a command measures: what its children will need is imported when the next one is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import IO, Any
+
+from gpuopt.core.spec import Job
+
+SLOW = (
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.export",
+    "triton",
+    "transformers",
+    "transformers.modeling_utils",
+    "transformers.generation.utils",
+    "torchvision",
+    "timm",
+    "diffusers",
+    "onnx",
+)
+"""What is worth importing once, and all that ever is: a child that runs a hostile file cannot name anything else."""
+COMPILERS = ("torch._dynamo", "torch._inductor.compile_fx")
+TRANSFORMERS = ("transformers", "transformers.modeling_utils")
+
+ADOPTED = frozenset({"OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS", "PYTHONPATH", "CUDA_VISIBLE_DEVICES", "GPUOPT_REFERENCES"})
+"""Variables that a fork can still take up; one that differs in another is no child of the zygote's."""
+START_TIMEOUT_S = 300.0
+"""For imports on a slow disk."""
+
+
+class Refused(Exception):
+    """There is no fork to be had; the text says why."""
+
+
+class Forked:
+    """A child of the zygote, with what isolate.Child uses of subprocess.Popen."""
+
+    def __init__(self, zygote: Zygote, pid: int, stderr: IO[bytes]) -> None:
+        self.pid = pid
+        self.stderr: IO[bytes] | None = stderr
+        self._zygote = zygote
+
+    def poll(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+        return self._zygote.code(self.pid)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Raises subprocess.TimeoutExpired."""
+        code = self._zygote.wait(self.pid, timeout)
+        if code is None:
+            raise subprocess.TimeoutExpired("worker", timeout or 0.0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """Nothing where it has ended: its number may be somebody else's by now."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+class Zygote:
+    """One process that forks. It starts when its first child is asked for, who waits for its imports as it would for its own."""
+
+    def __init__(self, environment: Mapping[str, str], expected: Iterable[str] = ()) -> None:
+        self.environment = dict(environment)
+        self.refused = ""
+        """Why the last child that was asked for is none of its own."""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._changed = threading.Condition()
+        self._asking = threading.Lock()
+        self._answers: list[Mapping[str, Any]] = []
+        self._codes: dict[int, int] = {}
+        self._is_gone = False
+        self._pending = dict.fromkeys(name for name in expected if name in SLOW)
+
+    def _start(self) -> None:
+        self._link, theirs = socket.socketpair()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "gpuopt.pipeline.zygote", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(),),
+            start_new_session=True,
+            env=self.environment,
+        )
+        theirs.close()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that forks; None before it was needed."""
+        return self._process.pid if self._process is not None else None
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Modules that later children will import: imported before the next one is forked. Names that are not in SLOW are ignored."""
+        self._pending.update(dict.fromkeys(name for name in names if name in SLOW))
+
+    def fork(self, module: str, environment: Mapping[str, str], fds: Sequence[int]) -> int:
+        """The pid of a child that runs `module.main()` with (requests, replies, stderr). Raises Refused."""
+        differing = {k for k in {*environment, *self.environment} if environment.get(k) != self.environment.get(k)} - ADOPTED
+        if differing:
+            raise self._no(f"{', '.join(sorted(differing))} differ from what its imports saw")
+        with self._asking:
+            frames: list[dict[str, Any]] = [{"fork": module, "environment": dict(environment)}]
+            if self._process is None:
+                self._start()
+            elif self._pending:  # the first child measures the machine, and needs none of them
+                frames.insert(0, {"import": list(self._pending)})
+                self._pending.clear()
+            try:
+                for frame in frames:
+                    data = json.dumps(frame).encode() + b"\n"
+                    if "fork" in frame:
+                        sent = socket.send_fds(self._link, [data[:1]], list(fds))
+                        self._link.sendall(data[sent:])
+                    else:
+                        self._link.sendall(data)
+            except OSError as error:
+                raise self._no("the process that forks has ended") from error
+            answer = self._answer()
+        if "pid" not in answer:
+            raise self._no(str(answer.get("cannot", "the process that forks has ended")))
+        self.refused = ""
+        return int(answer["pid"])
+
+    def _no(self, why: str) -> Refused:
+        self.refused = why
+        return Refused(why)
+
+    def _answer(self) -> Mapping[str, Any]:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        with self._changed:
+            while not self._answers:
+                if self._is_gone:
+                    return {}
+                if not self._changed.wait(timeout=max(0.0, deadline - time.monotonic())) and time.monotonic() >= deadline:
+                    self._kill()
+                    return {"cannot": f"no answer in {START_TIMEOUT_S:g} s"}
+            return self._answers.pop(0)
+
+    def _read(self) -> None:
+        buffer = b""
+        while True:
+            try:
+                data = self._link.recv(1 << 16)
+            except OSError:
+                data = b""
+            if not data:
+                break
+            buffer += data
+            *lines, buffer = buffer.split(b"\n")
+            with self._changed:
+                for line in lines:
+                    self._hear(json.loads(line))
+                self._changed.notify_all()
+        with self._changed:
+            self._is_gone = True
+            self._changed.notify_all()
+
+    def _hear(self, frame: Mapping[str, Any]) -> None:
+        if "ended" in frame:
+            pid, code = frame["ended"]
+            self._codes[pid] = code
+        elif "pid" in frame or "cannot" in frame:
+            if "pid" in frame:  # before its end can be heard of: a number may come twice in a long life
+                self._codes.pop(frame["pid"], None)
+            self._answers.append(frame)
+
+    def code(self, pid: int) -> int | None:
+        """How this child ended; None while it runs."""
+        with self._changed:
+            return self._code(pid)
+
+    def _code(self, pid: int) -> int | None:
+        if pid not in self._codes and self._is_gone:
+            return -signal.SIGKILL  # the kernel ends them with the process that forked them
+        return self._codes.get(pid)
+
+    def wait(self, pid: int, timeout: float | None) -> int | None:
+        """How this child ended; None where it still runs after `timeout` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._code(pid) is not None, timeout=timeout)
+            return self._code(pid)
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+
+    def close(self) -> None:
+        """End it, and with it every child that still runs. Harmless twice, and where it never started."""
+        if self._process is None:
+            return
+        with contextlib.suppress(OSError):
+            self._link.shutdown(socket.SHUT_RDWR)
+        self._kill()
+        self._process.wait()
+        self._reader.join(timeout=5.0)
+        self._link.close()
+
+
+_kept: list[Zygote] = []
+
+
+def current() -> Zygote | None:
+    """That of the command that runs now in this process; None where there is none."""
+    return _kept[-1] if _kept else None
+
+
+@contextmanager
+def kept(environment: Mapping[str, str], expected: Iterable[str] = ()) -> Iterator[Zygote | None]:
+    """Within, children are forked. Commands within commands use the outermost's. None where the system cannot fork safely."""
+    if _kept or sys.platform != "linux" or not hasattr(socket, "send_fds"):
+        yield current()
+        return
+    zygote = Zygote(environment, expected)
+    _kept.append(zygote)
+    try:
+        yield zygote
+    finally:
+        _kept.remove(zygote)
+        zygote.close()
+
+
+def imported() -> frozenset[str]:
+    """Which of SLOW this process has imported."""
+    return frozenset(name for name in SLOW if name in sys.modules)
+
+
+def expected_of(job: Job) -> tuple[str, ...]:
+    """What more than one of a job's children will import, as far as their names tell."""
+    if len(job.candidates) < 2 and job.verb not in ("optimize", "doctor"):
+        return ()
+    compiled = job.verb == "optimize" or sum(candidate.backend.name in ("inductor", "aoti") for candidate in job.candidates) > 1
+    texts = {candidate.model.text for candidate in job.candidates}
+    uses_transformers = any(text.startswith(("gpuopt.models:", "hf:")) or _is_transformers_folder(text) for text in texts)
+    return (*(COMPILERS if compiled else ()), *(TRANSFORMERS if uses_transformers else ()))
+
+
+def _is_transformers_folder(text: str) -> bool:
+    return os.path.isfile(os.path.join(text, "config.json"))

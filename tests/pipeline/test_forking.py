@@ -1,0 +1,209 @@
+"""Children that are copies of a process: they are what a new process would be, they end with whoever asked for them, and where a copy would differ there is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpuopt.core.spec import BackendSpec, Candidate, Job, ModelRef
+from gpuopt.pipeline import forking, isolate, zygote
+from gpuopt.pipeline.facts import Measured
+from gpuopt.pipeline.isolate import Child, ChildFailed
+
+HERE = str(Path(__file__).parent)
+
+SEEN_BY_TESTS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "XDG_STATE_HOME"}
+"""Variables that change from test to test, and that no import has read by then."""
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[forking.Zygote]:
+    made = forking.Zygote({**os.environ, **isolate.child_environment()})
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def kept(shared: forking.Zygote, monkeypatch: pytest.MonkeyPatch) -> forking.Zygote:
+    monkeypatch.setattr(forking, "current", lambda: shared)
+    monkeypatch.setattr(forking, "ADOPTED", forking.ADOPTED | SEEN_BY_TESTS)
+    return shared
+
+
+def look(child: Child, **arguments: Any) -> Any:
+    seen: list[str] = []
+    child.call("look", Measured, timeout_s=60, on_progress=lambda _, note: seen.append(note), **arguments)
+    return json.loads(seen[0])
+
+
+def test_a_fork_sees_what_a_new_process_sees(kept: forking.Zygote) -> None:
+    wanted = {"PYTHONPATH": HERE, "OMP_NUM_THREADS": "3", "TORCHINDUCTOR_COMPILE_THREADS": "5"}
+    with Child("fake_worker", environment=wanted) as one:
+        copied = look(one)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forking, "current", lambda: None)
+        with Child("fake_worker", environment=wanted) as other:
+            new = look(other)
+    assert kept.refused == ""
+    assert copied["environment"] == new["environment"]
+    assert copied["group"] and new["group"]
+    assert copied["threads"] == 3
+    assert copied["collects"]
+    # Its three streams and two pipes (and the listing itself), and nothing of whoever copied it.
+    assert len(copied["fds"]) <= len(new["fds"])
+    assert "torch" in copied["modules"] and "torch" not in new["modules"]
+
+
+def test_a_variable_that_imports_have_read_makes_a_new_process(kept: forking.Zygote) -> None:
+    with Child("fake_worker", environment={"PYTHONPATH": HERE, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}) as child:
+        assert isinstance(child._process, subprocess.Popen)
+        assert look(child)["environment"]["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_CUDA_ALLOC_CONF" in kept.refused
+
+
+def test_the_way_libraries_are_told_to_ask_for_cuda_is_no_childs(kept: forking.Zygote) -> None:
+    assert zygote.NVML_CHECK not in os.environ
+    with Child("fake_worker", environment={"PYTHONPATH": HERE}) as child:
+        assert zygote.NVML_CHECK not in look(child)["environment"]
+
+
+def test_what_one_child_imported_the_next_one_has(kept: forking.Zygote) -> None:
+    with Child("fake_worker", environment={"PYTHONPATH": HERE}) as child:
+        assert "torch.export" in forking.SLOW
+        look(child, imported=["torch.export", "antigravity", "os; import this"])
+    with Child("fake_worker", environment={"PYTHONPATH": HERE}) as child:
+        found = look(child)["modules"]
+    assert "torch.export" in found
+    assert "antigravity" not in found and "this" not in found
+
+
+def test_children_beside_each_other_are_told_apart(kept: forking.Zygote) -> None:
+    with Child("fake_worker", environment={"PYTHONPATH": HERE}) as one, Child("fake_worker", environment={"PYTHONPATH": HERE}) as two:
+        assert one.pid != two.pid
+        with pytest.raises(ChildFailed, match="SIGSEGV"):
+            one.call("segv", Measured, timeout_s=20)
+        assert two.alive
+        two.call("echo", Measured, timeout_s=20, ns=[1])
+    assert not one.alive and not two.alive
+
+
+def test_when_the_one_that_forks_is_killed_its_children_end_and_the_next_is_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    with forking.kept({**os.environ, **isolate.child_environment()}) as own:
+        assert own is not None
+        with Child("gpuopt.pipeline.worker") as child:
+            assert isinstance(child._process, forking.Forked)
+            time.sleep(0.3)  # it asks the kernel to end with its parent
+            assert own.pid is not None
+            os.kill(own.pid, signal.SIGKILL)
+            deadline = time.monotonic() + 10
+            while Path(f"/proc/{child.pid}").exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert not Path(f"/proc/{child.pid}").exists()
+            assert child._process.wait(timeout=5) == -signal.SIGKILL
+        with Child("fake_worker", environment={"PYTHONPATH": HERE}) as again:
+            assert isinstance(again._process, subprocess.Popen)
+            again.call("echo", Measured, timeout_s=20, ns=[1])
+        assert "has ended" in own.refused
+    assert forking.current() is None
+
+
+def test_a_library_that_starts_a_thread_ends_forking(tmp_path: Path) -> None:
+    """A copy has the thread's locks and not the thread."""
+    (tmp_path / "timm.py").write_text("import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n")
+    own = forking.Zygote({**os.environ, **isolate.child_environment(), "PYTHONPATH": os.pathsep.join([str(tmp_path), HERE])})
+    try:
+        r, w = os.pipe()
+        own.fork("fake_worker", own.environment, (r, w, w))
+        own.expect(["timm"])
+        with pytest.raises(forking.Refused, match="started a thread"):
+            own.fork("fake_worker", own.environment, (r, w, w))
+        os.close(r)
+        os.close(w)
+    finally:
+        own.close()
+
+
+def test_a_device_that_is_open_ends_forking(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    node = tmp_path / "nvidia-uvm"
+    node.write_text("")
+    monkeypatch.setattr(zygote, "CUDA_NODES", (str(node),))
+    monkeypatch.setattr(zygote.threading, "active_count", lambda: 1)
+    assert zygote.unsafe() == ""
+    with node.open():
+        assert "CUDA device" in zygote.unsafe()
+
+
+def test_nothing_is_left_when_the_command_is_killed() -> None:
+    script = (
+        "import os, sys, time\n"
+        "from gpuopt.pipeline import forking, isolate\n"
+        "with forking.kept({**os.environ, **isolate.child_environment()}) as z:\n"
+        "    c = isolate.Child(); print(z.pid, c.pid, flush=True); time.sleep(600)\n"
+    )
+    command = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert command.stdout is not None
+    pids = [int(word) for word in command.stdout.readline().split()]
+    time.sleep(0.3)
+    command.kill()
+    command.wait()
+    command.stdout.close()
+    deadline = time.monotonic() + 10
+    while any(_runs(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [pid for pid in pids if _runs(pid)] == []
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_closing_leaves_no_descriptor_and_no_process() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with forking.kept({**os.environ, **isolate.child_environment()}) as own:
+        assert own is not None and own.pid is None  # nobody was asked for
+        with Child("fake_worker", environment={"PYTHONPATH": HERE}) as child:
+            child.call("echo", Measured, timeout_s=20, ns=[1])
+        pid = own.pid
+    assert pid is not None and not _runs(pid)
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_cold_start_counts_what_a_new_process_would_import() -> None:
+    with forking.kept({**os.environ, **isolate.child_environment()}) as own:
+        assert own is not None
+        with Child("fake_worker", environment={"PYTHONPATH": HERE}) as first:
+            look(first)
+        with Child("started_worker", environment={"PYTHONPATH": HERE}) as child:
+            seen: list[str] = []
+            child.call("started", Measured, timeout_s=20, on_progress=lambda _, note: seen.append(note))
+    assert float(seen[0]) > 0.5, "torch alone takes longer than this to import"
+
+
+@pytest.mark.parametrize(
+    ("verb", "backends", "model", "wanted"),
+    [
+        ("bench", ("inductor", "aoti"), "net.py:net", forking.COMPILERS),
+        ("bench", ("inductor", "eager"), "net.py:net", ()),
+        ("bench", ("eager", "ort"), "gpuopt.models:bert_base", forking.TRANSFORMERS),
+        ("bench", ("eager",), "gpuopt.models:bert_base", ()),
+        ("optimize", ("eager",), "net.py:net", forking.COMPILERS),
+        ("profile", ("inductor",), "net.py:net", ()),
+    ],
+)
+def test_what_several_children_will_import_is_known_before(
+    verb: str, backends: tuple[str, ...], model: str, wanted: tuple[str, ...]
+) -> None:
+    job = Job(verb=verb, candidates=tuple(Candidate(model=ModelRef(text=model), backend=BackendSpec(name=name)) for name in backends))
+    assert forking.expected_of(job) == wanted
