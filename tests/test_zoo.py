@@ -235,7 +235,7 @@ def test_the_page_in_the_tree_is_what_the_reports_in_the_tree_say() -> None:
     assert table.PAGE.read_text(encoding="utf-8") == table.render(table.read(table.REPORTS))
 
 
-def test_at_the_deadline_a_recipe_is_ended_with_its_children_and_the_next_is_not_begun(
+def test_at_the_deadline_every_command_is_ended_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started: list[subprocess.Popen[bytes]] = []
@@ -249,9 +249,8 @@ def test_at_the_deadline_a_recipe_is_ended_with_its_children_and_the_next_is_not
 
     monkeypatch.setattr(run, "GRACE_S", 0.5)
     monkeypatch.setattr(run.lanes.subprocess, "Popen", stubborn)
-    found = run.run(["gpt2", "vit_base"], tmp_path, deadline_s=1.8, limit_s=60.0, device="cpu")
-    assert [(ended.name, ended.report) for ended in found] == [("gpt2", None)]
-    assert started[0].returncode == -9
+    found = run.run(["gpt2", "vit_base", "bert_base"], tmp_path, gpus=2, deadline_s=1.8, device="cpu")
+    assert sorted(tuple(ended.reports.items()) for ended in found) == [(("gpt2", None), ("bert_base", None)), (("vit_base", None),)]
+    assert [process.returncode for process in started] == [-9, -9]
     said = capsys.readouterr().out
-    assert "vit_base: not begun" in said
-    assert "gpt2" in said and "no report" in said
+    assert said.count("no report") == 3

@@ -344,7 +344,16 @@ FormatOpt = Annotated[
     ),
 ]
 
-RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file.", show_default=False)]
+RecipesArg = Annotated[list[str], typer.Argument(metavar="RECIPE...", help="YAML files.", show_default=False)]
+RecipeJsonOpt = Annotated[
+    str | None,
+    _option(
+        "--json",
+        metavar="FILE|-|DIR",
+        help="Also write the whole report as JSON; - writes nothing else to stdout. Of several recipes, a report each into this folder.",
+        panel=OUTPUT,
+    ),
+]
 ReportArg = Annotated[str, typer.Argument(metavar="FILE", help="A report written with --json.", show_default=False)]
 BeforeArg = Annotated[str, typer.Argument(metavar="BEFORE", help="A report written with --json.", show_default=False)]
 AfterArg = Annotated[

@@ -8,10 +8,10 @@ from gpuopt.cli import options as o
 
 
 def run(
-    recipe: o.RecipeArg,
+    recipes: o.RecipesArg,
     device: o.MaybeDeviceOpt = None,
     output: o.MaybeOutputOpt = None,
-    json: o.JsonOpt = None,
+    json: o.RecipeJsonOpt = None,
     force: o.ForceOpt = False,
     quiet: o.QuietOpt = False,
     no_input: o.NoInputOpt = False,
@@ -20,14 +20,21 @@ def run(
 
     docs/recipes.md describes its keys; a key it does not know, or a value that cannot be meant, is refused with its line.
 
+    Several recipes of the verb bench are one command: the machine is looked at once, and on a GPU the next one's candidates are built while one's are built and timed.
+
     Example: gpuopt run recipes/resnet101/recipe.yaml --json here.json
+
+    Example: gpuopt run recipes/zoo/*.yaml --json zoo/
     """
     from gpuopt.cli import request as r
     from gpuopt.cli import show
     from gpuopt.pipeline import jobs, optimize, streaming
-    from gpuopt.pipeline import recipe as recipes
+    from gpuopt.pipeline import recipe as reader
 
-    job = recipes.read(Path(recipe), device=device, output=output, force=force, command=r.command_line())
+    read = [reader.read(Path(name), device=device, output=output, force=force, command=r.command_line()) for name in recipes]
+    if len(read) > 1:
+        return show.run_all([Path(name) for name in recipes], read, jobs.bench_all, folder=json, quiet=quiet, force=force)
+    (job,) = read
 
     verbs = {
         "profile": jobs.profile,

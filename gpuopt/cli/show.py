@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +53,63 @@ def run(
     if json != "-":
         emit(rendered(report, view))
     return exit_code(report, strict=job.strict)
+
+
+def run_all(
+    recipes: Sequence[Path],
+    jobs: Sequence[Job],
+    act: Callable[..., Sequence[Report]],
+    *,
+    folder: str | None = None,
+    quiet: bool = False,
+    force: bool = False,
+) -> int:
+    """Do several jobs as one command and show their reports; returns the worst exit code. In `folder`, each has a report of its own, written whenever more of it is known."""
+    from gpuopt.pipeline.gates import exit_code
+
+    names = _names(recipes)
+    if folder == "-":
+        raise UsageError("several reports are no one stdout", fix="--json DIR")
+    if folder is not None:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{clean(folder, 200)} cannot be made: {error.strerror}", fix="--json DIR") from error
+    with contextlib.ExitStack() as stack:
+        sinks = [
+            stack.enter_context(json_sink(str(Path(folder) / f"{name}.json") if folder is not None else None, force=force))
+            for name in names
+        ]
+        known: dict[int, Report] = {}
+
+        whole: set[int] = set()
+
+        def keep(number: int, report: Report, is_whole: bool) -> None:
+            known[number] = report
+            whole.update([number] if is_whole else [])
+            sinks[number].write_partial(report)
+
+        with Screen(quiet=quiet, on_report=lambda report: None) as screen:
+            try:
+                reports = act(jobs, screen, on_report=keep)
+            except BaseException as error:
+                for number, job in enumerate(jobs):
+                    if number not in whole:
+                        with contextlib.suppress(GpuoptError):  # the first error is the one to tell
+                            sinks[number].write(_failed(job, known.get(number), error))
+                raise
+    for name, report in zip(names, reports, strict=True):
+        emit(f"{name}\n\n{rendered(report)}\n")
+    return max(exit_code(report, strict=job.strict) for job, report in zip(jobs, reports, strict=True))
+
+
+def _names(recipes: Sequence[Path]) -> list[str]:
+    """What tells recipes apart: the file's name, or its folder's where it is called recipe. Raises UsageError where two are the same."""
+    names = [path.absolute().parent.name if path.stem == "recipe" else path.stem for path in recipes]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two recipes are called {clean(name, 200)}", fix="run them apart: their reports would replace each other")
+    return names
 
 
 def _asking(job: Job, act: Callable[[Job, Progress], Report], screen: Screen, *, ask: bool) -> Report:

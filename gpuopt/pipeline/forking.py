@@ -38,6 +38,8 @@ SLOW = (
     "onnx",
 )
 """What is worth importing once, and all that ever is: a child that runs a hostile file cannot name anything else."""
+COMPILED = ("inductor", "aoti")
+"""Backends that import torch's compiler."""
 COMPILERS = ("torch._dynamo", "torch._inductor.compile_fx")
 TRANSFORMERS = ("transformers", "transformers.modeling_utils")
 
@@ -219,6 +221,18 @@ class Zygote:
         self._link.close()
 
 
+SPARED: dict[str, float] = {}
+"""In a fork: module -> the seconds its import took in the zygote. Empty in a process that imported for itself."""
+
+
+def spared_s(backend: str, module: object) -> float:
+    """Seconds that a new process would have imported this backend's compiler and this module's library; torch, which all import, counts from the start."""
+    names = [name for name in SPARED if name.startswith("torch.") and backend in COMPILED]
+    roots = {type(part).__module__.partition(".")[0] for part in getattr(module, "modules", lambda: ())()}
+    names += [name for name in SPARED if name.partition(".")[0] in roots - {"torch"}]
+    return sum(SPARED[name] for name in names)
+
+
 _kept: list[Zygote] = []
 
 
@@ -247,12 +261,14 @@ def imported() -> frozenset[str]:
     return frozenset(name for name in SLOW if name in sys.modules)
 
 
-def expected_of(job: Job) -> tuple[str, ...]:
-    """What more than one of a job's children will import, as far as their names tell."""
-    if len(job.candidates) < 2 and job.verb not in ("optimize", "doctor"):
+def expected_of(jobs: Sequence[Job]) -> tuple[str, ...]:
+    """What more than one of the jobs' children will import, as far as their names tell."""
+    candidates = [candidate for job in jobs for candidate in job.candidates]
+    searches = any(job.verb == "optimize" for job in jobs)
+    if len(candidates) < 2 and not searches and not any(job.verb == "doctor" for job in jobs):
         return ()
-    compiled = job.verb == "optimize" or sum(candidate.backend.name in ("inductor", "aoti") for candidate in job.candidates) > 1
-    texts = {candidate.model.text for candidate in job.candidates}
+    compiled = searches or sum(candidate.backend.name in COMPILED for candidate in candidates) > 1
+    texts = {candidate.model.text for candidate in candidates}
     uses_transformers = any(text.startswith(("gpuopt.models:", "hf:")) or _is_transformers_folder(text) for text in texts)
     return (*(COMPILERS if compiled else ()), *(TRANSFORMERS if uses_transformers else ()))
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -28,6 +28,7 @@ from gpuopt.core.spec import Job
 from gpuopt.pipeline import commons, forking
 from gpuopt.pipeline.facts import Failure
 
+J = TypeVar("J", bound="Job | Sequence[Job]")
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -264,12 +265,12 @@ def _started(module: str, requests: int, replies: int, environment: Mapping[str,
     )
 
 
-def forks(act: Callable[Concatenate[Job, P], T]) -> Callable[Concatenate[Job, P], T]:
-    """For a command of several children: they are copies of a process that has imported torch, and what else more than one of them needs."""
+def forks(act: Callable[Concatenate[J, P], T]) -> Callable[Concatenate[J, P], T]:
+    """For a command of several children, a Job or several: they are copies of a process that has imported torch, and what else more than one of them needs."""
 
     @functools.wraps(act)
-    def acted(job: Job, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with forking.kept({**os.environ, **child_environment()}, forking.expected_of(job)):
+    def acted(job: J, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with forking.kept({**os.environ, **child_environment()}, forking.expected_of((job,) if isinstance(job, Job) else job)):
             return act(job, *args, **kwargs)
 
     return acted

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
 from gpuopt.bundles import write as bundle_writer
 from gpuopt.core import codec
-from gpuopt.core.errors import GpuoptError, UsageError
+from gpuopt.core.errors import UsageError
 from gpuopt.core.progress import Progress, Silent
 from gpuopt.core.result import SCHEMA_VERSION, Finding, Report, Run, Status
 from gpuopt.core.spec import BackendSpec, Candidate, EvalSpec, Job, Transforms
@@ -79,21 +80,69 @@ def bench(job: Job, progress: Progress | None = None) -> Report:
     if len(found) > 1:
         return sweep.bench(job, progress, found)
     (machine,) = found
-    runs: list[Run] = []
-    errors: list[GpuoptError] = []
-    for wave in groups.waves(groups.comparable(job.candidates), job.bench.build_jobs or 1):
+    together = groups.waves(groups.comparable(job.candidates), job.bench.build_jobs or 1)
+    waves = [groups.Wave(groups=wave, job=job, machines=[machine], progress=progress) for wave in together]
+    seats: list[Seat] = []
 
-        def rewrite(done: list[Run], before: tuple[Run, ...] = tuple(runs)) -> None:
-            progress.so_far(reporting.report(job, machine.found, [*before, *done]))
+    def so_far(_: int, runs: list[Run]) -> None:
+        progress.so_far(reporting.report(job, machine.found, [*(seat.run for seat in seats), *runs]))
 
-        finished = groups.bench(wave, job, [machine], progress, on_update=rewrite)
-        runs += [seat.run for seat in finished]
-        errors += [seat.error for seat in finished if seat.error is not None]
-        progress.so_far(reporting.report(job, machine.found, runs))
-    if all(run.status is not Status.OK for run in runs) and errors and len(errors) == len(runs):
+    with closing(groups.roll(waves, jobs=job.bench.build_jobs or 1, on_update=so_far)) as rolled:
+        for finished in rolled:
+            seats += finished
+            so_far(0, [])
+    _raise_if_all_failed_alike(seats)
+    return finish(job, machine.found, [seat.run for seat in seats], progress)
+
+
+@isolate.forks
+def bench_all(
+    jobs: Sequence[Job], progress: Progress | None = None, *, on_report: Callable[[int, Report, bool], None] | None = None
+) -> list[Report]:
+    """`gpuopt run A.yaml B.yaml …`: each job's report, as `bench` would give it. The machine is looked at once, and while one job's candidates are timed those of the next,
+    built in the meantime, stand still. `on_report` gets a job's number and report whenever more of it is known, and whether that is all. Raises UsageError for jobs that cannot be done so."""
+    progress = progress or Silent()
+    on_report = on_report or (lambda number, report, is_whole: None)
+    first = jobs[0]
+    for job in jobs:
+        if job.verb != "bench" or job.generate is not None or not job.candidates:
+            what = "generates" if job.verb == "bench" and job.generate is not None else f"is of the verb {job.verb}"
+            raise UsageError(f"one of the recipes {what}, and no bench of single calls", fix="run it alone")
+        if len({candidate.device for one in (first, job) for candidate in one.candidates}) > 1:
+            raise UsageError("recipes that are run together are timed on one device", fix="--device cuda")
+    _, (machine,) = machines.all_surveyed(first, progress)
+    # Its own limits stay each job's; figures that beat the ceilings measure them again for all that follow.
+    placed = [replace(job, candidates=tuple(replace(c, device=machine.device.id) for c in job.candidates)) for job in jobs]
+    waves, owners = [], []
+    for number, job in enumerate(placed):
+        together = groups.waves(groups.comparable(job.candidates), max(job.bench.build_jobs or 1, 1))
+        waves += [groups.Wave(groups=wave, job=job, machines=[machine], progress=progress) for wave in together]
+        owners += [number] * len(together)
+    seats: list[list[Seat]] = [[] for _ in placed]
+
+    def so_far(wave: int, runs: list[Run]) -> None:
+        number = owners[wave]
+        on_report(number, reporting.report(placed[number], machine.found, [*(seat.run for seat in seats[number]), *runs]), False)
+
+    at_once = max(job.bench.build_jobs or 1 for job in placed)
+    done: dict[int, Report] = {}
+    rolled = groups.roll(waves, jobs=at_once, ahead=2 * at_once if machine.device.kind != "cpu" else 0, on_update=so_far)
+    with closing(rolled):
+        for wave, finished in enumerate(rolled):
+            number = owners[wave]
+            seats[number] += finished
+            if number not in owners[wave + 1 :]:
+                done[number] = finish(placed[number], machine.found, [seat.run for seat in seats[number]], Silent())
+                on_report(number, done[number], True)
+    return [done[number] for number in range(len(placed))]
+
+
+def _raise_if_all_failed_alike(seats: Sequence[Seat]) -> None:
+    """Where nothing ran and the reason is one and the same, it is the command's."""
+    errors = [seat.error for seat in seats if seat.error is not None]
+    if all(seat.run.status is not Status.OK for seat in seats) and errors and len(errors) == len(seats):
         if len({(type(e), e.message) for e in errors}) == 1:
             raise errors[0]
-    return finish(job, machine.found, runs, progress)
 
 
 @isolate.forks

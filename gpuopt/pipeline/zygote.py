@@ -25,6 +25,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gpuopt.pipeline import forking
+
 NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 """Makes `torch.cuda.is_available()`, which libraries ask while they are imported, ask the driver's management library: the runtime could not be used after a fork."""
 CUDA_NODES = ("/dev/nvidia-uvm",)
@@ -52,7 +54,9 @@ class _Zygote:
     def __init__(self, link: socket.socket, *, imports_s: float, keeps_check: bool) -> None:
         self._link = link
         self._imports_s = imports_s
-        """What a child would have spent on the same imports: counted into its cold start."""
+        """What every child would have spent on the same imports: counted into its cold start."""
+        self._spared: dict[str, float] = {}
+        """The same of what only some children would import."""
         self._keeps_check = keeps_check
         self._children: set[int] = set()
 
@@ -93,16 +97,16 @@ class _Zygote:
 
     def _import(self, names: Sequence[str]) -> None:
         """Beforehand, so that no child needs to; a module that cannot be imported is the business of the child that asks for it."""
-        began = time.monotonic()
         for name in names:
             if name in sys.modules:
                 continue
+            began = time.monotonic()
             # Whatever a library raises while it is imported: the child that wants it meets the same and tells the user.
             with contextlib.suppress(Exception), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 importlib.import_module(name)
+            self._spared[name] = time.monotonic() - began
         gc.freeze()
-        self._imports_s += time.monotonic() - began
 
     def _answer(self, module: str, environment: Mapping[str, str], fds: Sequence[int], others: Sequence[int]) -> None:
         why = unsafe()
@@ -117,6 +121,7 @@ class _Zygote:
             for fd in others:
                 os.close(fd)
             self._link.close()
+            forking.SPARED.update(self._spared)
             become(module, environment, fds, imports_s=self._imports_s, keeps_check=self._keeps_check)
         self._children.add(pid)
         self._send({"pid": pid})

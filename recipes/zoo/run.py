@@ -1,12 +1,13 @@
 """The twenty recipes of this folder -> a report each and a verdict: what is fastest at batch 1 and at a large batch, or that eager is kept. From the repository's root:
 
-    python -m recipes.zoo.run --output zoo-out --gpus 2 --deadline 500     all of them, one at a time on each of two GPUs
+    python -m recipes.zoo.run --output zoo-out --gpus 2 --deadline 500     all of them, shared out over two GPUs
     python -m recipes.zoo.run --output zoo-out --only gpt2,vit_base
     python -m recipes.zoo.run --output zoo-out --device cpu --tiny         a rehearsal, whose figures mean nothing
     python -m recipes.zoo.table zoo-out                                    the reports -> docs/zoo.md
 
-Each recipe is a `gpuopt run` of its own; its report is OUTPUT/NAME.json and what it said is OUTPUT/logs/NAME.log. The most different architectures come first, so that a
-run that is cut short still tells. At the deadline those still running are ended with their children, and keep what they have measured.
+Each GPU has one `gpuopt run` of its share of the recipes, which builds the next ones while one is timed; each report is OUTPUT/NAME.json, what the commands said is in
+OUTPUT/logs. The most different architectures come first, so that a run that is cut short still tells. At the deadline a command is ended with its children, and keeps what
+was measured.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,49 +51,38 @@ ORDER = (
     "regnet_y_4gf",
 )
 """The most different ones first."""
-LIMIT_S = 150.0
-"""For one recipe."""
 GRACE_S = 8.0
 """Between the word to end and the end: a report of what was measured is written in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """How one recipe's command ended."""
+    """How one GPU's command ended."""
 
-    name: str
     seconds: float
     reason: str
     """Empty where it came to its end by itself."""
-    report: Report | None
+    reports: Mapping[str, Report | None]
+    """By recipe; None where there is nothing of it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when every recipe has a report, 1 when some have none, 2 for a command that cannot be."""
     parser = argparse.ArgumentParser(prog="python -m recipes.zoo.run", description="Twenty architectures against fp16 eager.")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="recipes run at once, each on a GPU of its own")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="commands run at once, each on a GPU of its own")
     parser.add_argument("--deadline", type=float, default=1200.0, metavar="SECONDS")
-    parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="SECONDS", help="for one recipe")
     parser.add_argument("--only", default="", metavar="NAME,…")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="models of the same classes for a laptop: a rehearsal")
     asked = parser.parse_args(arguments)
     try:
         names = chosen(asked.only)
-        found = run(
-            names,
-            asked.output,
-            gpus=max(1, asked.gpus),
-            deadline_s=asked.deadline,
-            limit_s=asked.limit,
-            device=asked.device,
-            tiny=asked.tiny,
-        )
+        found = run(names, asked.output, gpus=max(1, asked.gpus), deadline_s=asked.deadline, device=asked.device, tiny=asked.tiny)
     except GpuoptError as error:
         print(f"{error.message}: {error.fix}" if error.fix else error.message, file=sys.stderr)
         return 2
-    return 0 if len(found) == len(names) and all(ended.report is not None for ended in found) else 1
+    return 0 if found and all(report is not None for ended in found for report in ended.reports.values()) else 1
 
 
 def chosen(only: str) -> list[str]:
@@ -105,33 +95,28 @@ def chosen(only: str) -> list[str]:
 
 
 def run(
-    names: Sequence[str],
-    output: Path,
-    *,
-    gpus: int = 1,
-    deadline_s: float = 1200.0,
-    limit_s: float = LIMIT_S,
-    device: str = "cuda",
-    tiny: bool = False,
+    names: Sequence[str], output: Path, *, gpus: int = 1, deadline_s: float = 1200.0, device: str = "cuda", tiny: bool = False
 ) -> list[Ended]:
-    """All recipes named, `gpus` at a time. Nothing is begun after the deadline, and what runs then is ended. Raises UsageError where the folder cannot be made."""
+    """All recipes named, shared out over the GPUs; at the deadline what still runs is ended. Raises UsageError where the folder cannot be made."""
     began = time.monotonic()
+    shares = {f"gpu{gpu}": list(names[gpu::gpus]) for gpu in range(gpus) if names[gpu::gpus]}
 
-    def one(name: str, gpu: int, left_s: float) -> Ended:
-        return _one(name, output, gpu=gpu, limit_s=min(limit_s, left_s), device=device, tiny=tiny)
+    def one(share: str, gpu: int, left_s: float) -> Ended:
+        return _share(shares[share], output, gpu=gpu, limit_s=left_s, device=device, tiny=tiny)
 
-    found = lanes.lanes(names, output, one, line, gpus=gpus, deadline_s=deadline_s, grace_s=GRACE_S)
-    print(f"{sum(e.report is not None for e in found)} of {len(names)} reports in {time.monotonic() - began:.0f} s", flush=True)
+    found = lanes.lanes(list(shares), output, one, lines, gpus=gpus, deadline_s=deadline_s, grace_s=GRACE_S)
+    there = sum(report is not None for ended in found for report in ended.reports.values())
+    print(f"{there} of {len(names)} reports in {time.monotonic() - began:.0f} s", flush=True)
     return found
 
 
-def line(ended: Ended) -> str:
-    """One architecture for the terminal."""
-    head = f"{ended.name:<16} {ended.seconds:5.0f} s"
-    told = [f"({ended.reason})"] if ended.reason else []
-    if ended.report is None:
-        return " ".join([head, *told, "no report"])
-    return " ".join([head, *(_told(v) for v in verdicts(ended.report)), *told])
+def lines(ended: Ended) -> str:
+    """A command for the terminal, a line for each architecture."""
+    told = [f"{ended.seconds:.0f} s" + (f", {ended.reason}" if ended.reason else "")]
+    for name, report in ended.reports.items():
+        words = " ".join(_told(v) for v in verdicts(report)) if report is not None else "no report"
+        told.append(f"{name:<16} {words}")
+    return "\n".join(told)
 
 
 def _told(found: Verdict) -> str:
@@ -143,16 +128,23 @@ def _told(found: Verdict) -> str:
     return f"| N={found.batch} {found.speedup:.2f}x {found.label}{failed}"
 
 
-def _one(name: str, output: Path, *, gpu: int, limit_s: float, device: str, tiny: bool) -> Ended:
-    recipe, report, log = HERE / f"{name}.yaml", output.resolve() / f"{name}.json", output / "logs" / f"{name}.log"
+def _share(names: Sequence[str], output: Path, *, gpu: int, limit_s: float, device: str, tiny: bool) -> Ended:
+    recipes = [HERE / f"{name}.yaml" for name in names]
     if tiny:
-        recipe = output.resolve() / "logs" / f"{name}.yaml"
-        recipe.write_text(codec.to_json(small((HERE / f"{name}.yaml").read_text(encoding="utf-8")), indent=1), encoding="utf-8")
-    report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "gpuopt", "run", _shown(recipe), "--device", device, "--json", str(report), "--quiet", "--no-input"]
+        recipes = [output.resolve() / "logs" / f"{name}.yaml" for name in names]
+        for name, recipe in zip(names, recipes, strict=True):
+            recipe.write_text(codec.to_json(small((HERE / f"{name}.yaml").read_text(encoding="utf-8")), indent=1), encoding="utf-8")
+    reports = {name: output.resolve() / f"{name}.json" for name in names}
+    for report in reports.values():
+        report.unlink(missing_ok=True)
+    # One recipe's --json is a file, several recipes' a folder.
+    target = output.resolve() if len(names) > 1 else reports[names[0]]
+    command = [sys.executable, "-m", "gpuopt", "run", *map(_shown, recipes), "--device", device, "--json", str(target), "--quiet"]
     began = time.monotonic()
-    reason, _ = lanes.ended(command, lanes.environment(gpu, on_gpu=device == "cuda"), log, limit_s=limit_s, grace_s=GRACE_S)
-    return Ended(name=name, seconds=time.monotonic() - began, reason=reason, report=_read(report))
+    reason, _ = lanes.ended(
+        command, lanes.environment(gpu, on_gpu=device == "cuda"), output / "logs" / f"gpu{gpu}.log", limit_s=limit_s, grace_s=GRACE_S
+    )
+    return Ended(seconds=time.monotonic() - began, reason=reason, reports={name: _read(path) for name, path in reports.items()})
 
 
 def small(text: str) -> dict[str, Any]:
@@ -167,7 +159,7 @@ def small(text: str) -> dict[str, Any]:
     for entry in plain["candidates"]:
         entry.pop("precision", None)
         entry.update(batch=min(int(entry["batch"]), 3), backend=str(entry["backend"]).partition(":")[0])
-    plain["bench"] = {**plain["bench"], "num_pairs": 3, "min_time_s": 0.02, "max_time_s": 0.1, "warmup_s": 0.02, "build_jobs": 1}
+    plain["bench"] = {**plain["bench"], "num_pairs": 3, "min_time_s": 0.02, "max_time_s": 0.1, "warmup_s": 0.02, "build_jobs": 2}
     return plain
 
 

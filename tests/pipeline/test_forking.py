@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gpuopt.core.spec import BackendSpec, Candidate, Job, ModelRef
 from gpuopt.pipeline import forking, isolate, zygote
@@ -191,6 +192,19 @@ def test_cold_start_counts_what_a_new_process_would_import() -> None:
     assert float(seen[0]) > 0.5, "torch alone takes longer than this to import"
 
 
+def test_what_only_some_children_would_import_counts_for_those_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bert(torch.nn.Module):
+        pass
+
+    Bert.__module__ = "transformers.models.bert"
+    monkeypatch.setattr(forking, "SPARED", {"torch._dynamo": 2.0, "torch._inductor.compile_fx": 3.0, "transformers": 4.0, "timm": 8.0})
+    assert forking.spared_s("eager", torch.nn.Linear(2, 2)) == 0.0
+    assert forking.spared_s("inductor", torch.nn.Linear(2, 2)) == 5.0
+    assert forking.spared_s("eager", torch.nn.Sequential(Bert())) == 4.0
+    assert forking.spared_s("inductor", Bert()) == 9.0
+    assert forking.spared_s("ort", None) == 0.0
+
+
 @pytest.mark.parametrize(
     ("verb", "backends", "model", "wanted"),
     [
@@ -206,4 +220,4 @@ def test_what_several_children_will_import_is_known_before(
     verb: str, backends: tuple[str, ...], model: str, wanted: tuple[str, ...]
 ) -> None:
     job = Job(verb=verb, candidates=tuple(Candidate(model=ModelRef(text=model), backend=BackendSpec(name=name)) for name in backends))
-    assert forking.expected_of(job) == wanted
+    assert forking.expected_of([job]) == wanted

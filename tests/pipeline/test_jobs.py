@@ -130,7 +130,7 @@ def test_candidates_built_at_once_end_as_they_do_one_after_the_other(
 def test_candidates_of_a_gpu_built_at_once_share_the_cores_and_those_of_a_cpu_do_not(tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
-    monkeypatch.setattr(ahead.os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    monkeypatch.setattr(ahead.cpu, "num_cores", lambda: 16)
     gpu, cpu = (Device(id=kind, name="", kind=kind) for kind in ("cuda", "cpu"))
     assert ahead.share_of_cores(gpu, 3) == {"OMP_NUM_THREADS": "5", "TORCHINDUCTOR_COMPILE_THREADS": "5"}
     assert ahead.share_of_cores(cpu, 3) == {} == ahead.share_of_cores(gpu, 1)
@@ -413,8 +413,8 @@ def test_a_conversion_outside_the_gate_is_written_only_when_asked(
 
     real = converters.apply
 
-    def wrong(model: Any, precision: Any, transforms: Any, inputs: Any = None) -> Any:
-        changed = real(model, precision, transforms, inputs)
+    def wrong(model: Any, precision: Any, transforms: Any, inputs: Any = None, **kwargs: Any) -> Any:
+        changed = real(model, precision, transforms, inputs, **kwargs)
         if transforms.keep_fp32:
             import torch
 
@@ -569,3 +569,21 @@ def test_zero_samples_are_never_a_result(local: Any, models: Models, tools: Any,
     monkeypatch.setattr(Session, "measure", lambda self, spec: facts.Measured(samples=Samples()))
     with pytest.raises(AssertionError, match="without samples"):
         jobs.bench(tools.job("bench", tools.candidate(models("net"))))
+
+
+def test_jobs_done_together_have_the_reports_they_would_have_alone(local: Any, tools: Any, models: Callable[[str], str]) -> None:
+    asked = [tools.job("bench", tools.candidate(models("net"), N=batch), command=name) for name, batch in (("first", 1), ("second", 3))]
+    told: list[tuple[int, int, bool]] = []
+    reports = jobs.bench_all(asked, on_report=lambda number, report, is_whole: told.append((number, len(report.runs), is_whole)))
+    assert [r.command for r in reports] == ["first", "second"]
+    assert [[run.batch for run in r.runs] for r in reports] == [[1], [3]]
+    assert all(run.status is Status.OK and run.latency_ms is not None and run.accuracy for r in reports for run in r.runs)
+    assert [(n, whole) for n, _, whole in told if whole] == [(0, True), (1, True)]
+
+
+def test_what_is_no_bench_is_not_done_together(tools: Any, models: Callable[[str], str]) -> None:
+    one = tools.job("bench", tools.candidate(models("net")))
+    with pytest.raises(UsageError, match="no bench"):
+        jobs.bench_all([one, replace(one, verb="profile")])
+    with pytest.raises(UsageError, match="one device"):
+        jobs.bench_all([one, replace(one, candidates=(replace(one.candidates[0], device="cuda"),))])
