@@ -47,6 +47,7 @@ docs: venv schema
 	$(BIN)/python -m gpuopt.cli.reference docs
 	$(BIN)/python -m gpuopt.doctor.handbook docs
 	$(BIN)/python recipes/readme_tables.py
+	$(BIN)/python -m recipes.streaming.table
 
 flops: venv
 	$(BIN)/python recipes/flops_table.py

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._dynamo
@@ -16,11 +16,14 @@ from gpuopt.core.launches import Launch
 from gpuopt.core.live import Inputs, Model
 from gpuopt.core.result import PrecisionAudit
 from gpuopt.core.spec import Precision
-from gpuopt.programs import artifact, breaks, capture, cuda, generated
+from gpuopt.programs import artifact, breaks, capture, cuda, generated, streams
 from gpuopt.programs import inductor as compiler
 from gpuopt.programs.plain import copied, plain
 from gpuopt.programs.sample import widened, zeros
 from gpuopt.programs.weigh import tally_for
+
+if TYPE_CHECKING:
+    from gpuopt.programs.flex import Flex
 
 FORMS = frozenset({"module", "exported"})
 
@@ -48,7 +51,7 @@ and Inductor's trees of graphs, which decide in Python what to replay: worth it 
 _GRAPHED = "graphed"
 """Ending of the presets whose code we record."""
 
-_OWN = frozenset({"preset", "precision", "dynamic", "static_outputs", "wide_rows", "fullgraph", "trust", "signed_by_us"})
+_OWN = frozenset({"preset", "precision", "dynamic", "static_outputs", "wide_rows", "flex", "streams", "fullgraph", "trust", "signed_by_us"})
 
 
 def available(device: str) -> str | None:
@@ -80,16 +83,19 @@ def build(model: Model, inputs: Inputs, options: Mapping[str, Any]) -> InductorR
     """Compile and call until nothing compiles any more.
 
     `options`: `preset`, `precision`, `dynamic`; `fullgraph=true` makes a graph break an error; `static_outputs=true` returns CUDA-graph memory
-    that the next call overwrites; `wide_rows=true` reduces rows of up to 8,192 elements in one piece; anything else is a setting of Inductor by its own name (`epilogue_fusion=false`).
+    that the next call overwrites; `wide_rows=true` reduces rows of up to 8,192 elements in one piece;
+    `flex=true` runs attention with a mask in FlexAttention kernels (`programs/flex.py`); `streams=2`, with a `graphed` preset, runs the batch in two parts side by side (`programs/streams.py`); anything else is a setting of Inductor by its own name (`epilogue_fusion=false`).
     The `graphed` presets record one CUDA graph a shape: of the inputs' shape here, with `dynamic` of any other when it is first called with (`capture.KEPT` are kept).
-    Raises UsageError for an unknown preset or setting, Unsupported when nothing was captured, the preset needs a GPU, or what was compiled cannot be recorded; what the compiler
+    Raises UsageError for an unknown preset or setting, Unsupported when nothing was captured, the preset needs a GPU, an option finds nothing to do, or what was compiled cannot be recorded; what the compiler
     raises goes through.
     """
     device = device_of(inputs)
     settings, notes = _settings(options, device)
+    count = streams.asked(options)
+    split = streams.of(model.module, inputs, count) if count > 1 else None
     runner = InductorRunner(
-        module=model.module, device=device, settings=settings, options=options, inputs=inputs, dynamic=options.get("dynamic") or {}
-    )
+        module=model.module, device=device, settings=settings, options=options, inputs=inputs, dynamic=options.get("dynamic") or {}, split=split
+    )  # fmt: skip
     runner.notes += notes
     runner.compile(inputs)
     return runner
@@ -106,7 +112,8 @@ def load(folder: Path, files: Mapping[str, str], options: Mapping[str, Any], dev
     """Compile a bundle's exported program again: Inductor's kernels are not shipped, its graph is."""
     module, accepts = artifact.load(folder, files, options)
     settings, notes = _settings(options, device)
-    runner = InductorRunner(module=module, device=device, settings=settings, options=options, inputs=None, dynamic={})
+    split = streams.read(folder, files)
+    runner = InductorRunner(module=module, device=device, settings=settings, options=options, inputs=None, dynamic={}, split=split)
     runner.notes += [*notes, "compiled again from the exported program of the bundle"]
     args, kwargs = zeros(accepts)
     runner.accepts = accepts
@@ -126,6 +133,7 @@ class InductorRunner:
         options: Mapping[str, Any],
         inputs: Inputs | None,
         dynamic: Mapping[str, Any],
+        split: streams.Split | None = None,
     ) -> None:
         self.device = device
         self.notes: list[str] = []
@@ -145,9 +153,16 @@ class InductorRunner:
         self._heard = breaks.Heard()
         self._generated: list[generated.Generated] = []
         self._classes = compiler.class_names(module)
+        self._flex: Flex | None = None
+        if options.get("flex", False):
+            from gpuopt.programs.flex import Flex  # with FlexAttention and what it imports
+
+            self._flex = Flex()
+            settings = {**settings, **self._flex.settings}
         self._call: Any = torch.compile(
             module, fullgraph=bool(options.get("fullgraph", False)), options={**settings, "post_grad_custom_post_pass": self._reader}
         )
+        self._split = split
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own outputs; under CUDA graphs, copies of them in plain containers, which the next call does not touch."""
@@ -167,6 +182,8 @@ class InductorRunner:
         """First calls: everything that compiles, warms up or records a graph happens here, and what it gave up on is noted."""
         from gpuopt.programs.wide_rows import wide_rows  # with every lowering there is: not for those who only ask what this backend can do
 
+        if self._split is not None and not isinstance(self._call, streams.Parted):
+            self._call = streams.Parted(self._call, self._split, tuple(inputs.kwargs), self.device)
         accepts = None
         if self._is_recording:
             accepts = replace(self.accepts or Accepts.of(inputs, self._dynamic), any_layout=True, align_bytes=1)
@@ -206,6 +223,8 @@ class InductorRunner:
         if not self._reader.num_graphs:
             why = _first_line(next(iter(broken))[0]) if broken else "its recompile limit was reached or the module is excluded from tracing"
             raise Unsupported(f"torch.compile captured no graph: {why}", fix="use --backend eager, or make forward() traceable")
+        if self._flex is not None and not self._flex.num_changed:
+            raise Unsupported(f"flex=true has nothing to change: {self._flex.why()}", fix="leave flex out")
         if self._graphs and self.device.startswith("cuda") and skips:
             self._skipped = skips
             why = "; ".join(dict.fromkeys(_first_line(r) for r in reasons)) or "Inductor gave no reason"
@@ -260,13 +279,18 @@ class InductorRunner:
         }
 
     def launches(self) -> tuple[Launch, ...]:
-        """What the generated code launches in a call, in order, with the modules and lines it stems from. Code between graph breaks is not in it."""
+        """What the generated code launches in a call, in order, with the modules and lines it stems from. Code between graph breaks is not in it.
+        Nothing of a batch in parts: their launches run side by side, in an order of their own."""
+        if self._split is not None:
+            return ()
         return generated.launches(self._generated, self._classes)
 
     def save(self, folder: Path) -> Mapping[str, str]:
         """The source graph, to be compiled again where it is opened. Raises Unsupported where the module cannot be exported."""
         if self._inputs is None:
             raise Unsupported("a bundle that was loaded is not saved again", fix="copy its folder")
+        if self._split is not None:
+            return streams.save(self._module, self._inputs, self._split, folder)
         return artifact.save(self._module, self._inputs, self._dynamic, folder)
 
     def close(self) -> None:
@@ -280,9 +304,13 @@ class InductorRunner:
 
 def _settings(options: Mapping[str, Any], device: str) -> tuple[dict[str, Any], list[str]]:
     """Inductor settings of a preset plus the user's own, and what had to be left out. Raises UsageError and Unsupported."""
-    settings = compiler.settings("inductor", PRESETS, options, own=_OWN, names="static_outputs, wide_rows, fullgraph, or ")
+    settings = compiler.settings("inductor", PRESETS, options, own=_OWN, names="static_outputs, wide_rows, flex, streams, fullgraph, or ")
     preset = options.get("preset") or "default"
     notes = []
+    if streams.asked(options) > 1 and not preset.endswith(_GRAPHED):
+        raise UsageError(
+            f"streams run side by side in a recorded graph, and preset {preset} records none of ours", fix="the preset graphed"
+        )
     if preset.endswith(_GRAPHED) and settings["triton.cudagraphs"]:
         raise UsageError(
             f"preset {preset} records the graph itself: Inductor's own would lie inside it", fix="leave triton.cudagraphs away"

@@ -344,7 +344,7 @@ FormatOpt = Annotated[
     ),
 ]
 
-RecipesArg = Annotated[list[str], typer.Argument(metavar="RECIPE...", help="YAML files.", show_default=False)]
+RecipesArg = Annotated[list[str], typer.Argument(metavar="RECIPE", help="YAML files.", show_default=False)]
 RecipeJsonOpt = Annotated[
     str | None,
     _option(

@@ -39,6 +39,7 @@ def stream(
     device: so.StreamDeviceOpt = "auto",
     calls: so.CallsOpt = 20,
     forwards: so.ForwardsOpt = 20,
+    rival: so.RivalOpt = None,
     alone: so.AloneOpt = False,
     timeout: o.TimeoutOpt = None,
     max_latency: o.MaxLatencyOpt = None,
@@ -55,8 +56,8 @@ def stream(
 
     run streams the model on its inputs, or generates, and says what a forward took against the bound and the prediction.
 
-    bench times it in turns with everything resident (where that fits) and with accelerate's device_map at the same bytes (where it is installed); several budgets
-    are a frontier.
+    bench times it in turns with everything resident (where that fits) and, on a GPU, with other libraries at the same bytes (--rival); several budgets are a
+    frontier: milliseconds over bytes on the device.
 
     verify compares with everything resident bit for bit: checksums on the device, outputs, tokens, slots full of NaN, copies at random moments, blocks in other
     orders. Anything unequal exits 1.
@@ -65,7 +66,7 @@ def stream(
 
     Example: gpuopt stream plan gpuopt.models:bert_large --budget 25% --budget 50% --batch 8 --dim S=512 --device simulated
 
-    Example: gpuopt stream bench gpuopt.models:llama_8b --budget 8GiB --generate 64 --dim S=128
+    Example: gpuopt stream bench gpuopt.models:llama_8b --budget 50% --generate 16 --dim S=128 --rival accelerate --rival mmgp
     """
     typed = dict(locals())
     from gpuopt.cli import request as r
@@ -95,7 +96,8 @@ def stream(
             generate=generate,
             calls=calls,
             forwards=forwards,
-            rivals=not alone,
+            rivals=streaming.rivals_of(rival or None),
+            alone=alone,
         ),
         command=r.command_line(),
     )

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from gpuopt.cli.options import BUILD, INPUTS, MEASURE, MODEL_HELP, OUTPUT, _option
+from gpuopt.core.streamed import RIVALS
 
 STREAM = "Streaming"
 
@@ -90,7 +91,17 @@ CallsOpt = Annotated[int, _option("--calls", help="Forwards timed, after warming
 ForwardsOpt = Annotated[
     int, _option("--forwards", help="Of verify: forwards of the hunt for races.", panel=MEASURE, min=1, show_default=True)
 ]
-AloneOpt = Annotated[bool, _option("--alone", help="Of bench: without everything resident and accelerate beside it.", panel=MEASURE)]
+RivalOpt = Annotated[
+    list[str] | None,
+    _option(
+        "--rival",
+        metavar="|".join([*RIVALS, "none"]),
+        help="Of bench, repeatable: other libraries to time it in turns with, at the same bytes of weights on the device (diffusers cannot be told any). accelerate is its "
+        "device_map as shipped; accelerate-pinned its dispatch_model with locked weights and a map that uses up the budget. Default: accelerate.",
+        panel=MEASURE,
+    ),
+]
+AloneOpt = Annotated[bool, _option("--alone", help="Of bench: without everything resident and other libraries beside it.", panel=MEASURE)]
 PackOutputOpt = Annotated[
     str | None, _option("--output", "-o", metavar="FOLDER", help="Of pack: where to write; the same as --disk.", panel=OUTPUT)
 ]

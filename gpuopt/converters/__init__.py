@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from gpuopt.core.spec import Precision, Transforms
 
 
-def apply(model: Model, precision: Precision | None, transforms: Transforms, inputs: Inputs | None = None) -> Model:
+def apply(model: Model, precision: Precision | None, transforms: Transforms, inputs: Inputs | None = None, *, device: str = "cpu") -> Model:
     """A changed copy of `model`: eval mode, then batch norms folded, then rewrites in the order given, then the cast, then the memory layout. The given model is left alone; see `change.apply`."""
     from gpuopt.converters import change
 
-    return change.apply(model, precision, transforms, inputs)
+    return change.apply(model, precision, transforms, inputs, device=device)

@@ -16,18 +16,23 @@ from gpuopt.programs import packing
 _NONE = Transforms()
 
 
-def apply(model: Model, to: Precision | None, transforms: Transforms, inputs: Inputs | None = None) -> Model:
+ROOM = 6
+"""Times its weights that a device must have free before a copy is made there: full weights, cast ones, and a reference of eight bytes a number beside them."""
+
+
+def apply(model: Model, to: Precision | None, transforms: Transforms, inputs: Inputs | None = None, *, device: str = "cpu") -> Model:
     """A changed copy; `model` itself, uncopied, where nothing has to change (a copy of 16 GB is not free). What was done is in `notes`.
 
     `to`: None keeps the model's dtype; fp32 and tf32 are both a cast to float32 (see `precision.flags`). `inputs`, of any floating dtype, let folding see which
     layer feeds which batch norm, and are needed to cast an exported program. Folding and rewrites come before the cast: they are computed from the full weights.
-    `keep_fp32` names modules as they are after the rewrites.
+    `keep_fp32` names modules as they are after the rewrites. `device`: where the changed module will be run; it is copied and changed there, where there is ample room, and
+    on the module's own device otherwise, without the host's memory growing by a copy.
     Raises Unsupported where this form cannot be changed so, UsageError for a `keep_fp32` that names nothing and a rewrite that there is none of.
     """
     if to is not None and to.is_quantised and model.form != "module":
         raise Unsupported(f"{to} replaces layers, and {_named(model.form)} has none to replace", fix="convert the source model")
     if model.form == "module":
-        return _module(model, to, transforms, inputs)
+        return _module(model, to, transforms, inputs, device)
     casts = to is not None and to.dtype != model.dtype
     if not casts and transforms == _NONE:
         return model
@@ -45,13 +50,13 @@ def _named(form: str) -> str:
     return {"onnx": "an ONNX file", "exported": "an exported program", "torchscript": "a TorchScript program"}.get(form, f"a {form}")
 
 
-def _module(model: Model, to: Precision | None, transforms: Transforms, inputs: Inputs | None) -> Model:
+def _module(model: Model, to: Precision | None, transforms: Transforms, inputs: Inputs | None, device: str) -> Model:
     training = sum(part.training for part in model.module.modules())
     casts = to is not None and precision.needs_cast(model.module, to)
     reshapes = transforms.fold_batch_norm or bool(transforms.rewrites)
     if not training and not casts and not transforms.channels_last and not reshapes:
         return model
-    module = _copied(model)
+    module = _copied(model, device)
     notes = []
     if training:
         module.eval()
@@ -128,13 +133,21 @@ def _try(module: Any, inputs: Inputs, what: str) -> None:
         raise Unsupported(f"{what}: {lines[-1] if lines else error}", fix="convert the source model") from error
 
 
-def _copied(model: Model) -> Any:
+def _copied(model: Model, device: str = "cpu") -> Any:
     try:
-        return precision.copied(model.module)
+        return precision.copied(model.module, device if _has_room(device, model.module) else None)
     except (RuntimeError, TypeError) as error:  # tensors that are results of other tensors (weight norm), locks, open files
         raise Unsupported(
             f"{model.name} cannot be copied, and the original is never changed: {error}", fix="pass a factory: package.module:function"
         ) from error
+
+
+def _has_room(device: str, module: Any) -> bool:
+    if not device.startswith("cuda"):
+        return False
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    num_bytes: int = sum(p.numel() * p.element_size() for p in module.parameters())
+    return ROOM * num_bytes <= free_bytes
 
 
 def _retyped(model: Model, to: Precision | None, notes: list[str]) -> Model:

@@ -119,12 +119,26 @@ def cast_inputs(inputs: Inputs, module: nn.Module) -> Inputs:
     return inputs.map(change)
 
 
-def copied(module: nn.Module) -> Any:
-    """A deep copy in which whatever shared memory still does: `copy.deepcopy` tears two Parameters over one memory apart."""
-    twin = copy.deepcopy(module)
+def copied(module: nn.Module, device: str | None = None) -> Any:
+    """A deep copy in which whatever shared memory still does: `copy.deepcopy` tears two Parameters over one memory apart.
+
+    `device`: of the copy's parameters and buffers, which go there without a copy on their own device. Tensors kept in plain attributes stay where they are, as in `.to`.
+    """
+    twin = copy.deepcopy(module, _moved(module, device) if device is not None else {})
     tensors = dict(_named_tensors(twin))
     _retie([[(name, tensors[name]) for name, _ in group] for group in _aliases(module)])
     return twin
+
+
+def _moved(module: nn.Module, device: str) -> dict[int, Any]:
+    """What `copy.deepcopy` takes for copied already: id of a tensor -> its copy there. Other than plain ones are left to it."""
+    found: dict[int, Any] = {}
+    for _, tensor in _named_tensors(module):
+        if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.is_leaf and not tensor.is_meta and id(tensor) not in found:
+            copied_there = tensor.detach().to(device, copy=True)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            found[id(tensor)] = nn.Parameter(copied_there, tensor.requires_grad) if is_parameter else copied_there
+    return found
 
 
 class _CastInputs:

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gpuopt.core.streaming import Plan, Streamed, StreamSpec
 
 ACTIONS = ("plan", "run", "bench", "verify", "pack")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rival:
+    """Another library that runs a model larger than the device, as it is held against ours."""
+
+    title: str
+    """As tables call it."""
+    packages: Mapping[str, str]
+    """What it imports -> what pip calls that."""
+    takes_budget: bool = True
+    """Whether it can be told how many bytes of weights may stay on the device."""
+
+
+RIVALS: Mapping[str, Rival] = {
+    "accelerate": Rival(title="accelerate device_map", packages={"accelerate": "accelerate"}),
+    "accelerate-pinned": Rival(title="accelerate, weights pinned by hand", packages={"accelerate": "accelerate"}),
+    "diffusers": Rival(
+        title="diffusers group offload", packages={"diffusers": "diffusers", "accelerate": "accelerate"}, takes_budget=False
+    ),
+    "mmgp": Rival(title="mmgp", packages={"mmgp": "mmgp", "optimum.quanto": "optimum-quanto", "accelerate": "accelerate"}),
+}
+"""By the name that `--rival` takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +47,10 @@ class StreamRequest:
     """Timed, a row."""
     forwards: int = 20
     """Of each race that `verify` hunts."""
-    rivals: bool = True
-    """`bench`: beside everything resident and accelerate's device_map, where they can be."""
+    rivals: tuple[str, ...] = ("accelerate",)
+    """`bench`: other libraries it is timed in turns with, by the names of RIVALS."""
+    alone: bool = False
+    """`bench`: without everything resident and without rivals."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,18 +89,33 @@ class StreamArm:
     """Another way to run the same model, timed in turns with the streamed one of the same row."""
 
     name: str
-    """`everything resident`, `accelerate device_map`."""
+    """`everything resident`, or the title of a rival."""
+    rival: str | None = None
+    """Its name in RIVALS; None: everything resident."""
     row: int | None = None
-    """Index of the row whose budget it had; None: no budget."""
+    """Index of the row it was timed beside; None: all of them."""
+    budgeted: bool = True
+    """Whether it had that row's bytes of weights; else it cannot be told any, and ran once."""
     median_ms: float | None = None
     p10_ms: float | None = None
     p90_ms: float | None = None
     num_calls: int = 0
+    streamed_ms: float | None = None
+    """Median of the streamed row in the same turns: what a speed-up is counted from."""
+    exact: bool | None = None
+    """Equal to everything resident, bit for bit; None: not compared."""
     peak_device_bytes: int | None = None
     setup_s: float | None = None
+    setting: str = ""
+    """How it was set up, in a sentence."""
     simulated: bool = False
     reason: str = ""
     """Why it was not run."""
+
+    @property
+    def speedup(self) -> float | None:
+        """Of the streamed row over this arm, from the same turns."""
+        return self.median_ms / self.streamed_ms if self.median_ms and self.streamed_ms else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

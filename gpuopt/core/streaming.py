@@ -97,7 +97,14 @@ class Calibration:
     pageable_bytes_per_s: float
     disk_bytes_per_s: float | None = None
     compute_ms: Mapping[str, float] = field(default_factory=dict)
-    """Unit -> its forward with its weights on the device; `""` is everything outside units."""
+    """Unit -> its forward on the device, with its weights there and all of it launched already; `""` is everything outside units."""
+    host_ms: Mapping[str, float] = field(default_factory=dict)
+    """Unit -> what the host takes to launch its forward; `""` is all else that it does in a forward and between two. A forward is never faster than their sum, and
+    decoding one sequence is often just that. Empty: the host takes no time."""
+    host_waits: bool = False
+    """The host waits for each forward's end before it goes on, as generation does to look at the token: what it does between two forwards, nothing hides then."""
+    resident_ms: float | None = None
+    """A forward with everything resident, as it was measured; C is what the figures above make of it."""
     workload: str = ""
     """What was run: `decode N=1 S=1 past=512`."""
     activation_bytes: int = 0
@@ -151,7 +158,7 @@ class Plan:
     streamed_bytes: int
     """A forward: S."""
     compute_ms: float
-    """C: everything resident."""
+    """C: everything resident, the host's launching included."""
     link_ms: float
     """S over the link's bytes a second (and the disk's, where that is slower)."""
     bound_ms: float

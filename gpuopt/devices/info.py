@@ -113,6 +113,13 @@ def memory_used(device_id: str) -> int | None:
     return own if own is not None else nvml.used_bytes(handle)
 
 
+def memory_held(device_id: str) -> int | None:
+    """Bytes in use on a GPU, by anyone, of those that CUDA counts: NVML's `used` has what the driver keeps for itself as well (0.6 GiB of an H200). None: NVML does not say."""
+    handle = _handle(device_id)
+    free = None if handle is None else nvml.free_bytes(handle)
+    return None if free is None else max(0, int(torch.cuda.get_device_properties(device_id).total_memory) - free)
+
+
 def _cuda(device_id: str) -> Device:
     properties = torch.cuda.get_device_properties(device_id)
     uuid = f"GPU-{str(properties.uuid).removeprefix('GPU-')}"

@@ -133,6 +133,12 @@ def used_bytes(handle: Any) -> int | None:
     return None if memory is None else int(memory.used)
 
 
+def free_bytes(handle: Any) -> int | None:
+    """Memory that nobody holds on the GPU, what the driver keeps for itself aside."""
+    memory = ask("nvmlDeviceGetMemoryInfo", handle)
+    return None if memory is None else int(memory.free)
+
+
 def energy_j(handle: Any) -> float | None:
     """Joules since the driver was loaded (Volta and later)."""
     millijoules = ask("nvmlDeviceGetTotalEnergyConsumption", handle)

@@ -47,6 +47,11 @@ class GenerationRunner:
         self._seen.append(found)
         return tokens
 
+    @property
+    def module(self) -> Any:
+        """What generates."""
+        return self._subject.module
+
     def token_times(self) -> TokenTimes:
         """Of the last calls."""
         times = [found.times_ns() for found in self._seen]

@@ -33,8 +33,9 @@ _BUILT = {
 }
 
 
-def load(ref: ModelRef) -> Model:
-    """The model a reference names, on the CPU and in eval mode.
+def load(ref: ModelRef, *, device: str = "cpu") -> Model:
+    """The model a reference names, on the CPU and in eval mode. `device`: where one of our own factories may build it instead, as a whole;
+    `meta` without its large tensors.
 
     Tried in this order: `hf:ID@REVISION`, a path that exists, `file.py:factory`, `package.module:factory`. Raises UsageError when nothing of that
     name exists, Untrusted, BadInput, GateFailed (NaN weights) and Unavailable as the form's loader says.
@@ -44,8 +45,17 @@ def load(ref: ModelRef) -> Model:
         return _call("gpuopt.loaders.huggingface:load_hub", ref, None, extra="hf")
     found = _form(ref.text)
     if found is None:
-        return _call("gpuopt.loaders.factory:load", ref, None)
+        from gpuopt.loaders import factory  # imports torch
+
+        return factory.load(ref, device=device)
     return _call(LOADERS[found], ref, Path(ref.text), extra=_EXTRAS.get(found))
+
+
+def fetched(ref: ModelRef) -> Any:
+    """`hf:ID@REVISION` -> `huggingface.Fetched`: its files in the hub's cache, none opened. Raises UsageError, Unavailable without a network or transformers."""
+    _require_text(ref.text)
+    found = "gpuopt.loaders.huggingface:fetched"
+    return resolve({found: found}, found, kind="loader", extra="hf")(ref)
 
 
 def require(text: str) -> None:

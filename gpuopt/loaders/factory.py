@@ -20,6 +20,7 @@ from gpuopt.core.live import Model
 from gpuopt.core.spec import ModelRef
 from gpuopt.loaders import FACTORY_EXAMPLE, describe
 from gpuopt.loaders.named import did_you_mean
+from gpuopt.programs.hollow import hollow
 from gpuopt.trust import consent
 from gpuopt.trust.policy import printable
 
@@ -36,9 +37,13 @@ class Built:
     notes: tuple[str, ...] = ()
 
 
-def load(ref: ModelRef) -> Model:
-    """Import, call without arguments, and describe. Raises UsageError when the name or its result does not fit, Unavailable for a missing package."""
-    built = build(ref.text)
+def load(ref: ModelRef, *, on_meta: bool = False, device: str = "cpu") -> Model:
+    """Import, call without arguments, and describe. Raises UsageError when the name or its result does not fit, Unavailable for a missing package.
+
+    on_meta: without weights, on the meta device; a factory that reads what it made raises UsageError then. device: where a factory that offers `on_device` is asked to
+    build; all others build on the CPU.
+    """
+    built = build(ref.text, on_meta=on_meta, device=device)
     if not ref.allow_nonfinite:
         describe.refuse_nonfinite(built.module.named_parameters(), ref.text)
     notes = list(built.notes)
@@ -53,13 +58,28 @@ def load(ref: ModelRef) -> Model:
     )
 
 
-def build(text: str) -> Built:
+def build(text: str, *, on_meta: bool = False, device: str = "cpu") -> Built:
     """Call the factory that `text` names. Raises UsageError, Unavailable."""
     target, file = named(text, "factory", FACTORY_EXAMPLE)
-    result = target if isinstance(target, nn.Module) else _call(text, target)
+    if isinstance(target, nn.Module):
+        result: Any = target
+    elif on_meta:
+        result = hollow(lambda: _call(text, target))
+    else:
+        result = _call(text, target, device)
     if not isinstance(result, nn.Module):
         raise UsageError(f"{text} gave a {type(result).__name__}, not an nn.Module", fix="let the factory return the module itself")
     return Built(module=result, function=target, file=file)
+
+
+def places(text: str) -> bool:
+    """Whether `text`, which was loaded before, names a factory that builds on the device it is told, and the same weights every time."""
+    where, _, attribute = text.rpartition(":")
+    return bool(where and attribute) and not Path(text).exists() and _places(named(text, "factory", FACTORY_EXAMPLE, reuse=True)[0])
+
+
+def _places(target: Any) -> bool:
+    return hasattr(target, "on_device") and hasattr(target, "input_specs")  # models.factory.Factory
 
 
 def named(text: str, what: str, example: str, *, reuse: bool = False) -> tuple[Any, Path | None]:
@@ -80,7 +100,7 @@ def named(text: str, what: str, example: str, *, reuse: bool = False) -> tuple[A
     return target, file
 
 
-def _call(text: str, target: Any) -> Any:
+def _call(text: str, target: Any, device: str = "cpu") -> Any:
     if not callable(target):
         raise UsageError(f"{text} is a {type(target).__name__}, not a function", fix="name a function that returns the module")
     try:
@@ -97,7 +117,7 @@ def _call(text: str, target: Any) -> Any:
             fix=f"write a function without arguments that returns {text.rpartition(':')[2]}(…)",
         )
     try:
-        return target()
+        return target.on_device(device) if device != "cpu" and _places(target) else target()
     except (GpuoptError, MemoryError, torch.OutOfMemoryError):
         raise
     except ImportError as error:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
-import warnings
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from gpuopt.core.errors import BadInput, Unavailable, Untrusted, UsageError
 from gpuopt.core.live import Model
 from gpuopt.core.spec import ModelRef
 from gpuopt.loaders import describe, weights
+from gpuopt.programs import pretrained
 from gpuopt.trust import consent, gate
 from gpuopt.trust.policy import printable
 
@@ -34,6 +32,25 @@ def load(ref: ModelRef, path: Path) -> Model:
 
 def load_hub(ref: ModelRef) -> Model:
     """`hf:ID` or `hf:ID@REVISION`; fetched to the hub's cache, then loaded offline. Raises Unavailable without a network."""
+    found = fetched(ref)
+    model = _load_folder(ref, found.folder, name=found.name, is_pinned=found.is_pinned)
+    model.notes += found.notes
+    return model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetched:
+    """A snapshot in the hub's cache."""
+
+    folder: Path
+    name: str
+    is_pinned: bool
+    """By a commit, so that the same words name the same files for ever."""
+    notes: tuple[str, ...]
+
+
+def fetched(ref: ModelRef) -> Fetched:
+    """What `hf:ID@REVISION` names, fetched where it is not there yet; nothing of it is opened. Raises UsageError, Unavailable without a network."""
     hub_id, _, revision = ref.text.removeprefix("hf:").partition("@")
     if not _HUB_ID.fullmatch(hub_id):
         raise UsageError(
@@ -48,21 +65,18 @@ def load_hub(ref: ModelRef) -> Model:
             f"{hub_id} cannot be fetched: {printable(str(error), limit=200)}",
             fix="check the name, the revision and the network, or name a local folder",
         ) from error
-    model = _load_folder(ref, folder, name=hub_id.rpartition("/")[2], is_pinned=is_pinned)
-    if not is_pinned:
-        model.notes.append(f"not pinned: hf:{hub_id}@{folder.name} names these very files")
-    return model
+    notes = () if is_pinned else (f"not pinned: hf:{hub_id}@{folder.name} names these very files",)
+    return Fetched(folder=folder, name=hub_id.rpartition("/")[2], is_pinned=is_pinned, notes=notes)
 
 
 def _load_folder(ref: ModelRef, path: Path, *, name: str, is_pinned: bool) -> Model:
-    raw = _read_config(path)
+    raw = pretrained.configuration(path)
     _refuse_code(ref, path, raw, is_pinned)
     has_code = bool(raw.get("auto_map"))
     notes = [f"--arch {ref.arch} is not used: the folder's configuration names its class"] if ref.arch else []
-    with _offline(), _quiet(), warnings.catch_warnings(), _translated(path):
-        warnings.simplefilter("ignore")
+    with pretrained.loading(path):
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=has_code)
-        cls = _model_class(config, has_code)
+        cls = transformers.AutoModel if has_code else pretrained.class_of(config)
         module = _build(ref, path, cls, config, notes, has_code)
     if not ref.allow_nonfinite:
         describe.refuse_nonfinite(module.named_parameters(), path.name)
@@ -123,21 +137,8 @@ def _refuse_gaps(path: Path, report: Any, notes: list[str]) -> None:
         )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    if file.stat().st_size > 16 * 2**20:
-        raise BadInput(f"{path.name}/config.json is larger than 16 MiB", fix="download the folder again")
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path.name}/config.json is damaged: {error}", fix="download the folder again") from error
-    if not isinstance(content, dict) or not (content.get("model_type") or content.get("architectures")):
-        raise BadInput(f"{path.name}/config.json names no model_type: it is not transformers'", fix="name the model file inside the folder")
-    return content
-
-
 def _refuse_code(ref: ModelRef, path: Path, raw: dict[str, Any], is_pinned: bool) -> None:
-    """Code beside the weights, and attention kernels that transformers would fetch from its hub. Raises Untrusted."""
+    """Code beside the weights that nobody trusted, and kernels that transformers would fetch from its hub. Raises Untrusted."""
     if raw.get("auto_map"):
         if not ref.trust_remote_code:
             raise Untrusted(
@@ -151,76 +152,4 @@ def _refuse_code(ref: ModelRef, path: Path, raw: dict[str, Any], is_pinned: bool
                     f"{path.name} names Python code of its own (auto_map), and nothing pins which code that is",
                     fix=f"hf:ID@COMMIT with the full commit hash, or gpuopt trust {path} (sha256:{sha256})",
                 )
-    queue: list[Any] = [raw]
-    while queue:
-        item = queue.pop()
-        if isinstance(item, dict):
-            for key, value in item.items():
-                if key in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):
-                    if value not in gate.SAFE_ATTENTION:
-                        raise Untrusted(
-                            f"{path.name}/config.json asks for the attention kernel {printable(str(value))!r}", fix="take that entry out"
-                        )
-                elif key in ("fusion_config", "kernel_config", "use_kernels") and value:
-                    raise Untrusted(f"{path.name}/config.json asks for kernels from a hub ({key})", fix="take that entry out")
-            queue.extend(item.values())
-        elif isinstance(item, list):
-            queue.extend(item)
-
-
-def _model_class(config: Any, has_code: bool) -> Any:
-    """The class the configuration names, where transformers has it; else what AutoModel chooses."""
-    if has_code:
-        return transformers.AutoModel
-    for name in getattr(config, "architectures", None) or ():
-        cls = getattr(transformers, str(name), None)
-        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
-            return cls
-    if type(config) in transformers.AutoModel._model_mapping:
-        return transformers.AutoModel
-    raise BadInput(
-        f"transformers {transformers.__version__} has no model class for {printable(str(getattr(config, 'architectures', None)))}",
-        fix="pip install -U transformers",
-    )
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """No request leaves while a folder loads, whatever its configuration names. The libraries read this constant at each request."""
-    before = huggingface_hub.constants.HF_HUB_OFFLINE
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE = before
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no advice on stderr: what matters becomes a note or an error."""
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise Unavailable(
-            f"{path.name} needs a package that is missing: {printable(str(error), limit=200)}", fix=f"pip install {error.name or '…'}"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
-        # What from_pretrained raises for a configuration or weights it cannot use. torch.OutOfMemoryError is a RuntimeError, but the load is on the CPU.
-        raise BadInput(
-            f"transformers {transformers.__version__} cannot load {path.name}: {printable(str(error).strip(), limit=300)}",
-            fix="check config.json, or update transformers",
-        ) from error
+    pretrained.refuse_kernels(path, raw)

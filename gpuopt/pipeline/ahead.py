@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from gpuopt.core.result import Device, Status
 from gpuopt.core.spec import BenchSpec, Candidate
+from gpuopt.devices import cpu
 from gpuopt.pipeline import tune
 from gpuopt.pipeline.seats import Seat
 
@@ -27,8 +28,8 @@ PASSING = frozenset({Status.OOM_DEVICE, Status.OOM_HOST, Status.TIMEOUT})
 
 
 def cores() -> int:
-    """Of this process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Of this process: its affinity and the quota of its container."""
+    return cpu.num_cores()
 
 
 def jobs_of_search(spec: BenchSpec, device: Device) -> int:

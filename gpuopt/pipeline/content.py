@@ -13,6 +13,7 @@ import logging
 import os
 import pathlib
 import re
+import threading
 import types
 import weakref
 from collections.abc import Callable, Mapping
@@ -21,6 +22,8 @@ from typing import Any
 
 import numpy
 import torch
+
+from gpuopt.devices import cpu
 
 CHUNK_BYTES = 32 << 20
 """Hashed at a time by one thread: SHA-256 runs at about 1 GiB/s a core, and weights come in gigabytes."""
@@ -31,6 +34,9 @@ _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Si
 _OF_THE_PROCESS = frozenset({"_original_object_hash"})
 """Attributes that differ from process to process and change nothing: transformers keeps Python's hash of a generation configuration, to see later edits."""
 
+STAGED_BYTES = 4 << 20
+"""Copied from a device at a time."""
+
 
 class Unreadable(Exception):
     """Why no digest can be given."""
@@ -38,8 +44,7 @@ class Unreadable(Exception):
 
 def digest(*values: Any, limit_bytes: int) -> str:
     """Hexadecimal SHA-256 of the values and all they hold. Raises Unreadable, also for more than `limit_bytes` of tensors."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(min(cores, 16)) as pool:
+    with ThreadPoolExecutor(min(cpu.num_cores(), 16)) as pool:
         walk = _Walk(pool, limit_bytes)
         try:
             for value in values:
@@ -196,9 +201,25 @@ class _Walk:
         self._hash.update(b"\xff" * 8)
 
 
+_held = threading.local()
+
+
 def _hashed(part: torch.Tensor) -> bytes:
-    data: Callable[[], Any] = part.cpu().contiguous().view(torch.uint8).numpy
-    return hashlib.sha256(data()).digest()
+    flat = part.contiguous().view(torch.uint8)
+    if flat.device.type == "cpu":
+        return hashlib.sha256(_bytes(flat)).digest()
+    # Through memory that the thread keeps: new memory for each chunk takes longer than the copy and the hash.
+    if not hasattr(_held, "pieces"):
+        _held.pieces = torch.empty(STAGED_BYTES, dtype=torch.uint8)
+    found = hashlib.sha256()
+    for piece in flat.split(STAGED_BYTES):
+        found.update(_bytes(_held.pieces[: piece.numel()].copy_(piece)))
+    return found.digest()
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    data: Callable[[], Any] = tensor.numpy
+    return data()
 
 
 def _slots(cls: type) -> tuple[str, ...]:

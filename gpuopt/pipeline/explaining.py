@@ -19,6 +19,8 @@ from gpuopt.profiling import bounds as roofline_bounds
 
 MEND_S = 120.0
 """For the search of modules that have to stay in fp32."""
+AFTER_QUERY_KEY_VALUE = 3
+"""Commas in the shapes of an attention that reads a fourth tensor, its mask."""
 UNTRACED = 2.0
 """Times the roofline of its ops that a GPU is taken to work on a call of which there is no trace; it waits for the host the rest of the time."""
 
@@ -39,7 +41,11 @@ def explained(crew: Crew, candidate: Candidate) -> tuple[Explained, Run]:
     reason = "" if seat.ok else seat.run.reason
     found: tune.Facts | None = None
     if candidate == crew.base and timed.latency_ms is not None:
-        found = _facts(crew, timed, seat.run if seat.ok else None, seat.count)
+        found = replace(
+            _facts(crew, timed, seat.run if seat.ok else None, seat.count),
+            masked_attention=_masked_attention(seat.count, seat.run if seat.ok else None),
+            unfilled=(seat.unfilled or 0.0) if seat.ok else 0.0,
+        )
     if reason:
         crew.progress.warn(f"no trace of {tune.words(candidate, crew.base)}: {reason}")
     run = seat.run if seat.ok or timed.latency_ms is None else timed
@@ -111,6 +117,18 @@ def _facts(crew: Crew, timed: Run, traced: Run | None, count: Count | None) -> t
         peak_bytes=timed.peak_bytes,
         memory_bytes=device.memory_bytes,
     )
+
+
+def _masked_attention(count: Count | None, traced: Run | None) -> float:
+    """Share of the call in attention, where some of it is given a mask: of its time where a trace tells, else of its FLOPs. 0 where none is."""
+    ours = [r for r in count.records if "attention" in r.op] if count is not None else []
+    if count is None or not any(r.shapes.count(",") >= AFTER_QUERY_KEY_VALUE for r in ours):
+        return 0.0
+    timed = [(p.name, p.time_ns) for p in traced.roofline if p.time_ns] if traced is not None else []
+    whole = sum(ns for _, ns in timed)
+    by_time = sum(ns for name, ns in timed if "attention" in name) / whole if whole else 0.0
+    # Attention that fell to products and a softmax has no name of its own in a trace.
+    return max(by_time, sum(r.flops or 0.0 for r in ours) / count.flops if count.flops else 0.0)
 
 
 def _surroundings(crew: Crew) -> tuple[Traits, dict[str, str]]:

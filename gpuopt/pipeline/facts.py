@@ -108,6 +108,8 @@ class Profiled:
     """Share of device time that could be given to a module."""
     bounds: Bounds | None = None
     useful: Useful | None = None
+    unfilled: float | None = None
+    """Share of the multiprocessors' time without a block to run."""
     notes: tuple[str, ...] = ()
 
 

@@ -62,21 +62,27 @@ def built(run: Run, found: facts.Built, candidate: Candidate) -> Run:
     )
     run = counted(run, found.count)
     if found.audit is not None and not found.audit.honoured:
-        shares = ", ".join(
-            f"{share:.1%} of the FLOPs in {dtype}" for dtype, share in sorted(found.audit.shares.items(), key=lambda i: -i[1])
-        )
-        reason = found.audit.reason or f"asked for {found.audit.requested}, built {shares or 'something that cannot be read back'}"
         if candidate.precision is None or candidate.transforms.keep_fp32:
-            run = replace(run, notes=(*run.notes, f"runs in another precision than the model's: {reason}"))
+            run = replace(run, notes=(*run.notes, f"runs in another precision than the model's: {_instead(found.audit)}"))
             # Modules kept in fp32 were asked for beside a precision; whoever asked for none is told the one it is.
             return run if candidate.transforms.keep_fp32 else replace(run, precision=_runs_in(found.audit) or run.precision)
-        return replace(
-            run,
-            status=Status.UNSUPPORTED,
-            reason=f"precision not honoured: {reason}",
-            fix="another backend or precision; the audit names the layers",
-        )
+        return not_honoured(run, found.audit)
     return run
+
+
+def not_honoured(run: Run, audit: PrecisionAudit) -> Run:
+    """Ended: it was asked for a precision and computes in another."""
+    return replace(
+        run,
+        status=Status.UNSUPPORTED,
+        reason=f"precision not honoured: {_instead(audit)}",
+        fix="another backend or precision; the audit names the layers",
+    )
+
+
+def _instead(audit: PrecisionAudit) -> str:
+    shares = ", ".join(f"{share:.1%} of the FLOPs in {dtype}" for dtype, share in sorted(audit.shares.items(), key=lambda i: -i[1]))
+    return audit.reason or f"asked for {audit.requested}, built {shares or 'something that cannot be read back'}"
 
 
 def _runs_in(audit: PrecisionAudit) -> str | None:

@@ -43,8 +43,20 @@ COMPILED = ("inductor", "aoti")
 COMPILERS = ("torch._dynamo", "torch._inductor.compile_fx")
 TRANSFORMERS = ("transformers", "transformers.modeling_utils")
 
-ADOPTED = frozenset({"OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS", "PYTHONPATH", "CUDA_VISIBLE_DEVICES", "GPUOPT_REFERENCES"})
-"""Variables that a fork can still take up; one that differs in another is no child of the zygote's."""
+ADOPTED = frozenset(
+    {
+        "OMP_NUM_THREADS",
+        "TORCHINDUCTOR_COMPILE_THREADS",
+        "TORCHINDUCTOR_CACHE_DIR",
+        "TRITON_CACHE_DIR",
+        "PYTHONPATH",
+        "CUDA_VISIBLE_DEVICES",
+        "GPUOPT_REFERENCES",
+    }
+)
+"""Variables that a fork can still take up, since they are read when they are needed or set anew in it; one that differs in another is no child of the zygote's."""
+VARIABLE = "GPUOPT_FORK"
+"""0: every child is a new process, for whoever finds a library that cannot be forked."""
 START_TIMEOUT_S = 300.0
 """For imports on a slow disk."""
 
@@ -243,8 +255,8 @@ def current() -> Zygote | None:
 
 @contextmanager
 def kept(environment: Mapping[str, str], expected: Iterable[str] = ()) -> Iterator[Zygote | None]:
-    """Within, children are forked. Commands within commands use the outermost's. None where the system cannot fork safely."""
-    if _kept or sys.platform != "linux" or not hasattr(socket, "send_fds"):
+    """Within, children are forked. Commands within commands use the outermost's. None where the system cannot fork safely, and where GPUOPT_FORK=0."""
+    if _kept or sys.platform != "linux" or os.environ.get(VARIABLE) == "0":
         yield current()
         return
     zygote = Zygote(environment, expected)

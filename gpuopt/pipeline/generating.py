@@ -47,9 +47,10 @@ def built(
     way = generation.resolve(candidate.backend)
     device = candidate.device
     to = None if candidate.precision is None else precision
+    was_there = all(str(parameter.device) == device for parameter in model.module.parameters())  # its session lets go of it
     given = drawn.sample(precision, device)
     names = tuple(spec.name for spec in given.specs)
-    changed = converters.apply(model, to, candidate.transforms, drawn.sample(precision, "cpu"))
+    changed = converters.apply(model, to, candidate.transforms, drawn.sample(precision, "cpu"), device=device)
     changed.module.to(device)
     progress(None, PLACED)
     found = subject(changed.module)
@@ -103,7 +104,9 @@ def built(
             answer = _verified(answer, found, stepped, twin, prompt, tokens, spec, progress)
         answer = _at_other_lengths(answer, found, stepped, twin, prompt, spec, verify=verify, device=device, progress=progress)
         if twin is not found:
-            twin.module.to("cpu")  # the session's own model: left on the device it would count as memory of the candidate
+            if twin.module is model.module and not was_there:
+                twin.module.to("cpu")  # the session's own model: left on the device it would count as memory of the candidate
+            del twin
             verification.release(device)
         answer = replace(answer, generated=replace(answer.generated, graphs=stepped.launcher.graphs))
     elif verify:  # the reference itself
@@ -129,7 +132,7 @@ def _twin(candidate: Candidate, model: Model, to: Precision | None, drawn: Drawn
     """The model without its transforms, at the same dtype: what tokens are held against."""
     if candidate.transforms == Transforms():
         return found
-    plain = converters.apply(model, to, Transforms(), drawn.sample(precision, "cpu"))
+    plain = converters.apply(model, to, Transforms(), drawn.sample(precision, "cpu"), device=candidate.device)
     if plain.module is found.module:
         return found
     plain.module.to(candidate.device)

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import resource
 import sys
 from pathlib import Path
 
 _UNIT = 1 if sys.platform == "darwin" else 1024
 """Of ru_maxrss: bytes on macOS, KiB on Linux (getrusage(2))."""
+
+_M_MMAP_THRESHOLD = -3
+"""mallopt(3)."""
+_OWN_PAGES_BYTES = 2**20
+
+
+def return_at_once() -> None:
+    """From now on, what this process frees of 1 MiB or more goes back to the system at once.
+
+    glibc gives large blocks pages of their own, but raises what it calls large to 32 MiB as it sees such blocks freed, and keeps the others: weights that are moved from
+    one place to another tensor by tensor then take their memory twice.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES_BYTES)
 
 
 def peak_bytes() -> int:

@@ -14,7 +14,7 @@ from gpuopt.core.result import Count, Device
 from gpuopt.core.trace import Trace
 from gpuopt.pipeline import diagnosis, facts, figures
 from gpuopt.pipeline.facts import ProgressCall
-from gpuopt.profiling import attribute, bounds, count, roofline, trace, useful, waterfall, waves
+from gpuopt.profiling import attribute, bounds, count, filling, roofline, trace, useful, waterfall, waves
 
 
 def profile(
@@ -66,6 +66,7 @@ def profile(
         roofline=waves.annotate(points, records, lost),
         bounds=bounds.build(counted, device.ceilings, outside),
         useful=useful.of_call(counted, source, given),
+        unfilled=filling.unfilled(traced, device.num_sms),
         modules=tuple(
             row
             for row in attribute.modules(records, counted, wall_ms, ceilings=device.ceilings, parameters=parameters, classes=classes)

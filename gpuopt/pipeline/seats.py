@@ -81,6 +81,8 @@ class Seat:
     error: GpuoptError | None = None
     sampled: Samples = field(default_factory=Samples)
     count: Count | None = None
+    unfilled: float | None = None
+    """After a profile: share of the multiprocessors' time without a block."""
 
     @property
     def ok(self) -> bool:
@@ -283,6 +285,7 @@ def _metered(seat: Seat, job: Job, machine: Machine) -> Run:
 
 def profiled(seat: Seat, job: Job, device: Device) -> Run:
     found = seat.ask("profile", facts.Profiled, device=device, wall_ms=_wall_ms(seat.run), depth=job.depth)
+    seat.unfilled = found.unfilled
     return figures.profiled(seat.run, found)
 
 

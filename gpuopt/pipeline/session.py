@@ -34,11 +34,13 @@ from gpuopt.core.result import Accuracy, Count, Device, Manifest, Samples, Sensi
 from gpuopt.core.spec import BenchSpec, Candidate, EvalSpec, ModelRef, Precision, Tolerance, Transforms
 from gpuopt.devices import info
 from gpuopt.doctor import diagnose as doctor
+from gpuopt.loaders import factory
 from gpuopt.loaders import inputs as input_maker
 from gpuopt.pipeline import (
     diagnosis,
     evaluated,
     facts,
+    forking,
     gating,
     hostmemory,
     matrix,
@@ -75,6 +77,10 @@ class Session:
         self._candidate: Candidate | None = None
         self._model: Model | None = None
         """As loaded; what references are computed from."""
+        self._is_remade = False
+        """Whether it was built on the device by a factory that builds the same again."""
+        self._is_parked = False
+        """Whether its weights were let go of until somebody asks for them."""
         self._changed: Model | None = None
         """Converted, on the device; what the backend was given."""
         self._runner: Runner | None = None
@@ -100,8 +106,10 @@ class Session:
         began = time.monotonic()
         device = info.resolve(candidate.device)
         self._progress(None, "loading the model")
-        model = loaders.load(candidate.model)
-        return self._adopt(replace(candidate, device=device), model, began)
+        candidate = replace(candidate, device=device)
+        model = loaders.load(candidate.model, device=_home_of(candidate))
+        self._is_remade = model.form == "module" and _where(model.module) != "cpu" and factory.places(candidate.model.text)
+        return self._adopt(candidate, model, began)
 
     def adopt(self, candidate: Candidate, model: Model, inputs: Inputs | None = None) -> facts.Loaded:
         """The same for a live module (the Python API)."""
@@ -136,6 +144,7 @@ class Session:
         # What the sources filled in (N=1, S=128) is part of the candidate from here on, so that every seed gets the same shapes.
         self._candidate = replace(current, dims=dict(made.dims))
         self._inputs = Drawn(self._candidate, model, made, num_positional)
+        self._started -= forking.spared_s(candidate.backend.name, model.module)
         self._facts = facts.Loaded(
             name=model.name,
             form=model.form,
@@ -260,7 +269,8 @@ class Session:
         change = candidate.transforms
         # As it is means as it is: a cast to the dtype of most parameters would hide the few that differ, and what they cost.
         to = None if candidate.precision is None and precision is self._precision else precision
-        changed = converters.apply(model, to, change, self._drawn().sample(precision, "cpu"))
+        where = candidate.device if way == "direct" else "cpu"
+        changed = converters.apply(model, to, change, self._drawn().sample(precision, "cpu"), device=where)
         self._notes += [n for n in changed.notes if n not in self._notes]
         if way == "via ONNX":
             folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="gpuopt-onnx-")))
@@ -542,11 +552,12 @@ class Session:
 
     def _timed(self) -> tuple[Callable[[], Any], clocks.Clock, str]:
         """The call that is timed: the runner alone, or with its inputs copied in and its outputs copied out."""
-        candidate, _ = self._loaded()
-        return self._timed_on(self._given()), clocks.for_device(candidate.device), candidate.device
+        device = self._asked().device
+        self._park()
+        return self._timed_on(self._given()), clocks.for_device(device), device
 
     def _timed_on(self, given: Inputs) -> Callable[[], Any]:
-        candidate, _ = self._loaded()
+        candidate = self._asked()
         return metering.timed(self._built(), given, mode=candidate.input_mode, device=candidate.device)
 
     # -- probe --------------------------------------------------------------------------------------------------------------------
@@ -605,8 +616,7 @@ class Session:
 
     def require_traceable(self) -> None:
         """Raises Unsupported for a backend whose work no trace shows: asked before it is built, so that nobody waits for a refusal."""
-        candidate, _ = self._loaded()
-        if candidate.device == "cpu" and getattr(self._backend(), "OPAQUE_ON_CPU", False):
+        if self._asked().device == "cpu" and getattr(self._backend(), "OPAQUE_ON_CPU", False):
             raise Unsupported(
                 "what this backend runs on a CPU is invisible to torch.profiler: all of its time would read as python and framework",
                 fix="gpuopt bench times it; profile the source model with --backend eager",
@@ -622,7 +632,7 @@ class Session:
         failed = self._seen.failure is not None
         evidence = diagnosis.of_candidate(
             candidate=self._candidate,
-            model=self._model,
+            model=self._on_host() if failed else self._loaded()[1],
             inputs=self._inputs.first if self._inputs is not None else None,
             given=None if failed else self._given(),
             precision=self._precision,
@@ -635,12 +645,10 @@ class Session:
         return facts.Diagnosed(findings=doctor.diagnose(evidence, ignore=ignore))
 
     def _backend(self) -> Any:
-        candidate, _ = self._loaded()
-        return load_backend(self._manifest.backend.name if self._manifest is not None else candidate.backend.name)
+        return load_backend(self._manifest.backend.name if self._manifest is not None else self._asked().backend.name)
 
     def _is_eager(self) -> bool:
-        candidate, _ = self._loaded()
-        return candidate.backend.name == "eager"
+        return self._asked().backend.name == "eager"
 
     # -- save ---------------------------------------------------------------------------------------------------------------------
 
@@ -659,7 +667,11 @@ class Session:
             files["reference"] = packs.write(self._evidence, target)
         inputs = self._drawn().first
         model = self._loaded()[1]
-        nest = nests.of_call(model.module, self._drawn().sample(own_precision(model), "cpu")) if model.form == "module" else None
+        nest = (
+            nests.of_call(model.module, self._drawn().sample(own_precision(model), _where(model.module)))
+            if model.form == "module"
+            else None
+        )
         if nest is not None:
             files["outputs"] = nests.write(nest, target)
         if self._drawn().is_given:
@@ -719,7 +731,7 @@ class Session:
 
     def traits(self, ref: ModelRef) -> traits.Traits:
         """What a search asks of a model before anything is built."""
-        return traits.of(loaders.load(ref))
+        return traits.of(loaders.load(ref, device="meta"))
 
     def anchor(self, quantity: str, device: Device, spec: BenchSpec) -> facts.Anchored:
         """One block of products in this quantity: the ceiling under the load of a bench. Raises OutOfMemory."""
@@ -754,6 +766,7 @@ class Session:
         if self._runner is not None:
             self._runner.close()
         self._runner = self._changed = self._model = self._inputs = None
+        self._is_parked = self._is_remade = False
         self._anchor.close()
         self._stack.close()
 
@@ -761,20 +774,72 @@ class Session:
 
     def _given(self, precision: Precision | None = None) -> Inputs:
         """The first seed's inputs on the device, at the precision the runner takes."""
-        candidate, _ = self._loaded()
-        return self._drawn().sample(precision or self._precision, candidate.device)
+        return self._drawn().sample(precision or self._precision, self._asked().device)
 
     def _drawn(self) -> Drawn:
         if self._inputs is None:
             raise AssertionError("load comes first")
         return self._inputs
 
-    def _loaded(self) -> tuple[Candidate, Model]:
+    def _asked(self) -> Candidate:
         if self._candidate is None or self._model is None:
             raise AssertionError("load comes first")
-        return self._candidate, self._model
+        return self._candidate
+
+    def _loaded(self) -> tuple[Candidate, Model]:
+        """The model with its weights."""
+        candidate = self._asked()
+        assert self._model is not None
+        if self._is_parked:
+            self._model.module = loaders.load(candidate.model, device=candidate.device).module
+            self._is_parked = False
+        return candidate, self._model
+
+    def _on_host(self) -> Model:
+        """The model where its inputs are made: what is wrong with a call is looked for on the CPU, and a device may be out of order, or of memory."""
+        candidate, model = self._asked(), self._model
+        assert model is not None
+        if self._is_remade:
+            model.module = loaders.load(candidate.model).module
+            self._is_remade = self._is_parked = False
+        return model
+
+    def _park(self) -> None:
+        """Let go of the weights the model was loaded with, where they lie on the device beside those that are timed, and its factory makes them again in no time.
+
+        What is timed has the memory to itself then, and what it takes is its own.
+        """
+        model = self._model
+        if model is None or not self._is_remade or self._is_parked or self._runs(model.module):
+            return
+        model.module.to("meta")
+        self._is_parked = True
+        verification.release(self._asked().device)
+
+    def _runs(self, module: Any) -> bool:
+        """Whether what was built is, or may be, this very module."""
+        if self._changed is not None:
+            return self._changed.module is module
+        return getattr(self._runner, "module", module) is module
 
     def _built(self) -> Runner:
         if self._runner is None:
             raise AssertionError("build comes first")
         return self._runner
+
+
+def _home_of(candidate: Candidate) -> str:
+    """Where a factory may build: on the GPU that its model will run on, unless the way there leads over a file that is exported on the CPU."""
+    if not candidate.device.startswith("cuda"):
+        return "cpu"
+    try:
+        way = route.find("module", load_backend(candidate.backend.name), str(candidate.backend))
+    except GpuoptError:  # said where it is built
+        return "cpu"
+    return candidate.device if way == "direct" else "cpu"
+
+
+def _where(module: Any) -> str:
+    """The device of a module's weights; the CPU for one that has none, or no real ones."""
+    first = next(iter(module.parameters()), None)
+    return "cpu" if first is None or first.is_meta else str(first.device)

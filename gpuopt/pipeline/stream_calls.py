@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,9 @@ from gpuopt.core.live import Inputs
 from gpuopt.core.streaming import Anatomy
 from gpuopt.pipeline.stream_facts import Answer, Timed
 from gpuopt.timing import clocks
+
+WARM_TOKENS = 4
+BRIEF_TOKENS = 12
 
 
 class Simulated(Protocol):
@@ -81,6 +84,20 @@ class Work:
         with torch.inference_mode():
             tokens: torch.Tensor = self._generator(self._subject.prompt(named), mark)
         return tokens
+
+    def warm(self) -> Any:
+        """A call that nobody counts: a forward, or the first few tokens of a generation, which take all that it takes but the last of the cache."""
+        if not self.new_tokens or self.new_tokens <= WARM_TOKENS:
+            return self.call()
+        return replace(self, new_tokens=WARM_TOKENS, _generator=None).call()
+
+    def brief(self) -> Any:
+        """A call to time units in: a forward, or the first tokens of a generation."""
+        return (
+            replace(self, new_tokens=max(WARM_TOKENS, min(BRIEF_TOKENS, self.new_tokens)), _generator=None).call()
+            if self.new_tokens
+            else self.call()
+        )
 
     def call(self) -> Any:
         """What is timed: a forward, or a whole generation."""

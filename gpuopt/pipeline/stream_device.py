@@ -33,6 +33,7 @@ _KEYS: Mapping[str, tuple[Callable[[str], Any], str]] = {
     "memory": (_rate, "bytes a second of the device's own memory"),
     "flops": (_rate, "products a second"),
     "block": (_ms, "a unit's forward, instead of an estimate from memory and flops"),
+    "host": (_ms, "what the host takes to queue a unit"),
     "outside": (_ms, "what is computed outside units"),
     "activations": (units.parse_bytes, "bytes of activations"),
     "context": (units.parse_bytes, "bytes before any tensor"),
@@ -100,11 +101,19 @@ def parse(text: str) -> StreamDevice:
 
 
 def made_up(
-    device: StreamDevice, anatomy: Anatomy, *, tokens: int, workload: str, cache_bytes: int = 0, rings: frozenset[str] | None = None
+    device: StreamDevice,
+    anatomy: Anatomy,
+    *,
+    tokens: int,
+    workload: str,
+    cache_bytes: int = 0,
+    rings: frozenset[str] | None = None,
+    waits: bool = False,
 ) -> Calibration:
     """What a device on paper does with a model: a unit takes as long as reading its weights from the device's memory, or two products a weight and token, whichever is longer.
 
     tokens: rows of a product, so batch x positions; 1 a sequence in decoding. rings: those that run in this workload; None is all of them.
+    waits: the host looks at each forward's outcome before the next, which only shows where `host` is given.
     """
     compute: dict[str, float] = {}
     for unit in anatomy.units:
@@ -121,6 +130,8 @@ def made_up(
         pageable_bytes_per_s=device.rate("pageable"),
         disk_bytes_per_s=device.rate("disk"),
         compute_ms=compute,
+        host_ms={name: float(device.settings["host"]) for name in compute if name} if "host" in device.settings else {},
+        host_waits=waits and "host" in device.settings,
         workload=workload,
         activation_bytes=int(device.settings.get("activations", 0)),
         cache_bytes=cache_bytes,

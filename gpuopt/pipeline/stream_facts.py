@@ -41,7 +41,7 @@ class Planned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """After `bind`, `resident` or `accelerate`: calls may be timed."""
+    """After `bind`, `resident` or `rival`: calls may be timed."""
 
     setup_s: float
     plan: Plan | None = None

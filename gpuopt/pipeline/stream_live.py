@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +32,7 @@ class StreamedModule:
         self.plan = plan
         """As it came out: what stays, what moves through which slot, and what a forward should take."""
         self.notes = notes
+        _open.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A forward without gradients. Inputs lie on the plan's device."""
@@ -62,6 +65,16 @@ class StreamedModule:
             f"StreamedModule({type(self.module).__name__}: {len(plan.resident)} units stay, {len(plan.binding)} stream, "
             f"{plan.predicted_ms:.4g} ms a forward predicted, at least {plan.bound_ms:.4g})"
         )
+
+
+_open: weakref.WeakSet[StreamedModule] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A program that ends without `close`: what is taken apart by Python's last garbage collection, views of slots among it, ends the process with an assertion of torch's."""
+    for module in list(_open):
+        module.close()
 
 
 def streamed(module: torch.nn.Module, inputs: Any, spec: StreamSpec, *, device: str, generate: int | None) -> StreamedModule:

@@ -1,26 +1,37 @@
-"""A model on a CUDA device -> Calibration: its units' times with their weights on the device, and the link while products run. Imports torch.
+"""A model on a CUDA device -> Calibration: what each unit takes of the device and of the host with its weights in place, and the link while products run. Imports torch.
 
-Every unit is streamed once, from memory that is not locked: what is timed is each unit's forward after its weights have come, so a slow copy costs nothing but time to wait.
+The module runs with everything resident where the device has room for that; else each unit with whatever weights lie in its slot, which nothing is copied to any more: kernels take
+as long with the weights of another block of the same shape. Either way nothing waits for a copy, which would be timed for the unit after it.
+
+Three things are told apart, in forwards of their own: how long the host takes to queue a unit; how long the device takes, each unit being held back until all of it is queued (a device
+that waits for launches would be timed as slow as they are); and a whole forward, with nothing in the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
 import torch
 
+from gpuopt.core.errors import OutOfMemory
 from gpuopt.core.streaming import Anatomy, Calibration, Ledger, Plan, StreamSpec
 from gpuopt.pipeline import stream_device
 from gpuopt.pipeline.stream_calls import Work
+from gpuopt.pipeline.stream_watched import Seen, Still, Watched
 from gpuopt.streaming import bound as binding
-from gpuopt.streaming import diskrate
+from gpuopt.streaming import diskrate, guards, timeline
+from gpuopt.streaming.shelf import Shelf
 
-FORWARDS = 3
-"""Timed, after one that warms up."""
+FORWARDS = 5
+"""Timed each way, after what warms up."""
+ROOM = 0.85
+"""Of the free memory: what weights and caches may take for everything to be resident, activations aside."""
 LINK_COPIES = 8
 PRODUCTS = 320
 """Queued beside the copies: about as long as those take on an H200."""
@@ -28,86 +39,27 @@ MAX_LINK_BYTES = 512 * 2**20
 PAGEABLE_BYTES = 64 * 2**20
 
 
-@dataclass(slots=True)
-class Pair:
-    """Two events around something on the stream that computes."""
-
-    begin: Any
-    end: Any
-
-    @property
-    def ms(self) -> float:
-        """After both have happened."""
-        return float(self.begin.elapsed_time(self.end))
-
-
-@dataclass(slots=True)
-class _Seen:
-    """One forward."""
-
-    whole: Pair | None = None
-    units: dict[str, list[Pair]] = field(default_factory=dict)
-    waits: list[Pair] = field(default_factory=list)
-
-
-class Watched:
-    """An engine that also times what is computed: each unit, each wait for a copy, the whole forward. Everything else is the engine's own."""
-
-    def __init__(self, engine: Any, cuda: Any = torch.cuda) -> None:
-        self._engine, self._cuda = engine, cuda
-        self.forwards: list[_Seen] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def _event(self) -> Any:
-        event = self._cuda.Event(enable_timing=True)
-        event.record(self._cuda.current_stream(self._engine.device))
-        return event
-
-    def wait_compute(self, event: Any) -> None:
-        """The engine's, timed."""
-        begin = self._event()
-        self._engine.wait_compute(event)
-        if self.forwards:
-            self.forwards[-1].waits.append(Pair(begin, self._event()))
-
-    @contextmanager
-    def segment(self, unit: str, slot: Any = None) -> Any:
-        """The engine's, timed; `""` is a forward."""
-        if not unit or not self.forwards:  # an encoder may be called by itself, outside a forward of the model
-            self.forwards.append(_Seen())
-        seen, begin = self.forwards[-1], self._event()
-        with self._engine.segment(unit, slot):
-            yield
-        pair = Pair(begin, self._event())
-        if unit:
-            seen.units.setdefault(unit, []).append(pair)
-        else:
-            seen.whole = pair
-
-
-def provisional(anatomy: Anatomy, spec: StreamSpec, calibration: Calibration) -> Plan:
-    """All units streamed through two slots, from memory that is not locked."""
+def provisional(anatomy: Anatomy, spec: StreamSpec, calibration: Calibration, *, resident: bool) -> Plan:
+    """Everything resident, or all units through two slots a ring, from memory that is not locked."""
     slots: dict[str, tuple[int, ...]] = {}
     turn: dict[str, int] = {}
     bound: dict[str, int] = {}
-    for unit in anatomy.units:
+    for unit in () if resident else anatomy.units:
         largest = max(u.num_bytes for u in anatomy.units if u.ring == unit.ring)
         slots[unit.ring] = (largest, largest)
         bound[unit.name] = turn.get(unit.ring, 0) % 2
         turn[unit.ring] = turn.get(unit.ring, 0) + 1
     return Plan(
-        spec=StreamSpec(budget_share=spec.budget_share, budget_bytes=spec.budget_bytes),
+        spec=StreamSpec(budget_share=spec.budget_share, budget_bytes=spec.budget_bytes, compile=spec.compile),
         anatomy=anatomy,
         calibration=calibration,
-        resident=(),
+        resident=tuple(unit.name for unit in anatomy.units) if resident else (),
         slots=slots,
         binding=bound,
         homes=dict.fromkeys(bound, "pageable"),
         ledger=Ledger(),
         budget_bytes=0,
-        streamed_bytes=sum(unit.num_bytes for unit in anatomy.units),
+        streamed_bytes=sum(unit.num_bytes for unit in anatomy.units if unit.name in bound),
         compute_ms=0.0,
         link_ms=0.0,
         bound_ms=0.0,
@@ -123,53 +75,200 @@ def measured(
     engine: Any,
     call: Callable[[], Any],
     *,
+    brief: Callable[[], Any] | None = None,
     fill: Any = None,
+    shelf: Shelf | None = None,
     workload: str,
     skip_prompt: bool,
     cache_bytes: int,
     others_bytes: int,
+    baseline_bytes: int = 0,
     progress: Callable[[float | None, str], None],
     cuda: Any = torch.cuda,
+    now: Callable[[], float] = time.perf_counter,
 ) -> Calibration:
     """Bind, call, look, unbind: the module is on the CPU afterwards. skip_prompt: the first forward of a call is another kind of work than the others.
 
-    others_bytes: of the device, held by other processes. cuda: torch.cuda, or what stands in for it.
+    brief: the same call with fewer forwards, four or more, to be timed; `call` says what memory it takes. shelf: where the slabs stay for what is bound next. others_bytes: of the device, held by other processes. baseline_bytes: what this process
+    had allocated there before anything of the model, its inputs or its workspaces. cuda, now: torch.cuda and the host's clock, or what stands in for them.
     """
     progress(None, "measuring the link")
     largest = min(MAX_LINK_BYTES, max((u.num_bytes for u in anatomy.units), default=PAGEABLE_BYTES))
     link, pageable, pin = link_rates(engine, largest)
+    # Inputs, and workspaces that libraries made for the products: they stay.
+    kept_bytes = max(0, cuda.memory_allocated(engine.device) - baseline_bytes)
     known = Calibration(device=str(engine.device), link_bytes_per_s=link, pageable_bytes_per_s=pageable, pin_bytes_per_s=pin)
-    watched = Watched(engine, cuda)
-    progress(None, "timing units one by one")
-    with binding.bind(module, provisional(anatomy, spec, known), watched, fill=fill):
-        call()
-        watched.drain()
-        held = cuda.memory_allocated(engine.device)
-        cuda.reset_peak_memory_stats(engine.device)
-        watched.forwards.clear()
-        kept: list[_Seen] = []
-        for _ in range(FORWARDS):
-            call()
-            watched.drain()
-            seen = [one for one in watched.forwards if one.whole is not None]
-            kept += seen[1:] if skip_prompt and len(seen) > 1 else seen
-            watched.forwards.clear()
-        peak = cuda.max_memory_allocated(engine.device) - held
-        # After the calls, for kernels are loaded and workspaces made when they are first used.
-        free, total = cuda.mem_get_info(engine.device)
-        context_bytes = max(0, total - free - cuda.memory_reserved(engine.device) - others_bytes)
-    return Calibration(
-        device=str(engine.device),
-        link_bytes_per_s=link,
-        pageable_bytes_per_s=pageable,
-        compute_ms=times(kept),
+    cuda.empty_cache()
+    seeing: dict[str, Any] = {"skip_prompt": skip_prompt, "others_bytes": others_bytes, "cuda": cuda, "now": now}
+
+    def bound(resident: bool) -> _Found:
+        progress(None, "timing units with everything resident" if resident else "timing units with weights that stay in their slots")
+        watched = Watched(engine, cuda, now)
+        plan = provisional(anatomy, spec, known, resident=resident)
+        with binding.bind(module, plan, watched, fill=fill, shelf=shelf) as streamed:
+            watched.is_still = True
+            still = Still()
+            for lane in streamed.streamer.lanes.values():
+                lane.source = still
+            return _look(module, plan, watched, call, brief or call, **seeing)
+
+    found = None
+    if _fits(anatomy, spec, cache_bytes, cuda.mem_get_info(engine.device)[0]):
+        try:
+            found = bound(True)
+        except (OutOfMemory, torch.OutOfMemoryError):
+            cuda.empty_cache()
+    resident = found is not None
+    found = found or bound(False)
+    # What was taken for this is not the plan's.
+    cuda.empty_cache()
+    return replace(
+        known,
+        compute_ms=found.compute_ms,
+        host_ms=found.host_ms,
+        host_waits=skip_prompt,
+        resident_ms=found.whole_ms,
         workload=workload,
-        activation_bytes=max(0, peak - cache_bytes),
+        activation_bytes=kept_bytes + max(0, found.peak_bytes - cache_bytes),
         cache_bytes=cache_bytes,
-        context_bytes=context_bytes,
-        pin_bytes_per_s=pin,
-        source=f"measured here: {len(kept)} forwards, copies of {largest} bytes beside products",
+        context_bytes=found.context_bytes,
+        source=f"measured here: {found.num_forwards} forwards {'with everything resident' if resident else 'with weights that stayed in their slots'}, "
+        f"copies of {largest} bytes beside products",
     )
+
+
+def _fits(anatomy: Anatomy, spec: StreamSpec, cache_bytes: int, free_bytes: int) -> bool:
+    """Whether everything may be resident for a while. A budget in bytes is of the device, at all times."""
+    wanted = anatomy.weight_bytes - sum(anatomy.host.values()) + cache_bytes
+    room = free_bytes if spec.budget_bytes is None else min(free_bytes, spec.budget_bytes)
+    return wanted <= ROOM * room
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    compute_ms: Mapping[str, float]
+    host_ms: Mapping[str, float]
+    whole_ms: float
+    num_forwards: int
+    peak_bytes: int
+    """During a call, above the weights: workspaces that stay after it count."""
+    context_bytes: int
+
+
+def _look(
+    module: Any,
+    plan: Plan,
+    watched: Watched,
+    call: Callable[[], Any],
+    brief: Callable[[], Any],
+    *,
+    skip_prompt: bool,
+    others_bytes: int,
+    cuda: Any,
+    now: Callable[[], float],
+) -> _Found:
+    held = cuda.memory_allocated(watched.device)
+    brief()
+    watched.drain()
+    cuda.reset_peak_memory_stats(watched.device)
+    call()
+    watched.drain()
+    peak = cuda.max_memory_allocated(watched.device) - held
+    # After the calls, for kernels are loaded and workspaces made when they are first used.
+    free, total = cuda.mem_get_info(watched.device)
+    context_bytes = max(0, total - free - cuda.memory_reserved(watched.device) - others_bytes)
+    watched.watching = "whole" if skip_prompt else ""
+    whole_ms = median(_forwards(watched, brief, skip_prompt=True, now=now)[1]) if skip_prompt else _back_to_back(watched, brief)
+    with ExitStack() as stack:
+        for name in plan.resident:
+            part = module.get_submodule(name)
+            stack.callback(guards.put(part, "forward", watched.around(name, part.forward)))
+        watched.watching = "host"
+        hosts, _, outside_ms = _forwards(watched, brief, skip_prompt=skip_prompt, now=now)
+        host_ms = _hosted(hosts)
+        watched.watching = "device"
+        watched.tune()
+        # What lies around the units is queued at both ends of a forward: hold the device back for all of it at the start.
+        watched.queued_ms = host_ms
+        devices, *_ = _forwards(watched, brief, skip_prompt=skip_prompt, now=now)
+        watched.watching = ""
+    compute_ms = times(devices)
+    if skip_prompt:
+        # The host waits for each token, so what it does between two forwards, and within them around the units, is what is left of the time from one to the next.
+        host_ms[""] = 0.0
+        units = plan.anatomy.units
+        known = timeline.simulate(
+            units, [unit.name for unit in units], {}, {}, compute_ms, 1.0, forwards=1, host_ms=host_ms, host_waits=True, spans=False
+        )
+        host_ms[""] = max(0.0, whole_ms - known.compute_ms)
+    else:
+        host_ms[""] = max(0.0, outside_ms)
+    return _Found(
+        compute_ms=compute_ms,
+        host_ms=host_ms,
+        whole_ms=whole_ms,
+        num_forwards=len(devices),
+        peak_bytes=peak,
+        context_bytes=context_bytes,
+    )
+
+
+def _back_to_back(watched: Watched, call: Callable[[], Any]) -> float:
+    """Milliseconds of a call, one after the other as a service makes them."""
+    begin = watched.mark()
+    for _ in range(FORWARDS):
+        call()
+    end = watched.mark()
+    watched.drain()
+    return float(begin.elapsed_time(end)) / FORWARDS
+
+
+def _forwards(
+    watched: Watched, call: Callable[[], Any], *, skip_prompt: bool, now: Callable[[], float]
+) -> tuple[list[Seen], list[float], float]:
+    """(forwards as they were seen, milliseconds from one's begin to the next's, median milliseconds of the host in a call outside units): each call on a device that has nothing to do."""
+    kept: list[Seen] = []
+    apart: list[float] = []
+    outside: list[float] = []
+    for _ in range(FORWARDS):
+        watched.forwards.clear()
+        watched.drain()
+        began = now()
+        call()
+        took_ms = 1e3 * (now() - began)
+        watched.drain()
+        seen = [one for one in watched.forwards if one.whole is not None]
+        if skip_prompt and len(seen) > 1:
+            seen = seen[1:]
+        kept += seen
+        apart += [float(one.begin.elapsed_time(other.begin)) for one, other in pairwise(seen)]
+        outside.append(took_ms - sum(ms for one in seen for name, ms in one.host_ms.items() if name))
+        if len(kept) > FORWARDS:
+            break
+    watched.forwards.clear()
+    return kept, apart, median(outside)
+
+
+def _hosted(forwards: Sequence[Seen]) -> dict[str, float]:
+    """Unit -> median milliseconds of the host; `""` is a forward without them."""
+    names = dict.fromkeys(name for seen in forwards for name in seen.host_ms if name)
+    found = {name: median(seen.host_ms.get(name, 0.0) for seen in forwards) for name in names}
+    found[""] = max(0.0, median(seen.host_ms.get("", 0.0) for seen in forwards) - sum(found.values()))
+    return found
+
+
+def times(forwards: Sequence[Seen]) -> dict[str, float]:
+    """Unit -> median milliseconds of its forwards, summed where a forward runs it several times; `""` is what is left of a forward, moments when the device was held back aside."""
+    names = dict.fromkeys(name for seen in forwards for name in seen.units)
+    found = {name: median(sum(p.ms for p in seen.units.get(name, ())) for seen in forwards) for name in names}
+    rest = [
+        # The first hold lies before the forward's own begin.
+        seen.whole.ms - sum(p.ms for pairs in seen.units.values() for p in pairs) - sum(p.ms for p in seen.held[1:])
+        for seen in forwards
+        if seen.whole is not None
+    ]
+    found[""] = max(0.0, median(rest)) if rest else 0.0
+    return found
 
 
 def estimated(
@@ -189,23 +288,8 @@ def estimated(
     )
 
 
-def times(forwards: list[_Seen]) -> Mapping[str, float]:
-    """Unit -> median milliseconds of its forwards, summed where a forward runs it several times; `""` is what is left of a forward without its waits."""
-    names = dict.fromkeys(name for seen in forwards for name in seen.units)
-    found = {name: median(sum(p.ms for p in seen.units.get(name, ())) for seen in forwards) for name in names}
-    rest = [
-        seen.whole.ms - sum(p.ms for pairs in seen.units.values() for p in pairs) - sum(p.ms for p in seen.waits)
-        for seen in forwards
-        if seen.whole is not None
-    ]
-    found[""] = max(0.0, median(rest)) if rest else 0.0
-    return found
-
-
 def link_rates(engine: Any, num_bytes: int) -> tuple[float, float, float | None]:
     """(bytes a second locked, pageable, of locking). The device multiplies meanwhile, as it will when weights are streamed."""
-    import time
-
     cuda = torch.cuda
     began = time.monotonic()
     home = engine.home(num_bytes, pin=True)
@@ -235,8 +319,6 @@ def link_rates(engine: Any, num_bytes: int) -> tuple[float, float, float | None]
 
 
 def _pageable_rate(engine: Any, num_bytes: int) -> float:
-    import time
-
     source = torch.zeros(num_bytes, dtype=torch.uint8)
     target = torch.empty(num_bytes, dtype=torch.uint8, device=engine.device)
     target.copy_(source)

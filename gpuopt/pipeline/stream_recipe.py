@@ -28,6 +28,8 @@ class StreamEntry:
     elastic: bool = False
     calls: int = 20
     forwards: int = 20
+    rival: str | tuple[str, ...] | None = None
+    """Of `bench`: names of RIVALS, or `none`."""
     alone: bool = False
 
 
@@ -56,5 +58,11 @@ def request_of(entry: StreamEntry, generate: int | None) -> StreamRequest:
         for text in ((entry.budget,) if isinstance(entry.budget, str) else entry.budget or ())
     ]
     return StreamRequest(
-        action=entry.action, specs=tuple(specs), generate=generate, calls=entry.calls, forwards=entry.forwards, rivals=not entry.alone
+        action=entry.action,
+        specs=tuple(specs),
+        generate=generate,
+        calls=entry.calls,
+        forwards=entry.forwards,
+        rivals=streaming.rivals_of((entry.rival,) if isinstance(entry.rival, str) else entry.rival),
+        alone=entry.alone,
     )

@@ -6,57 +6,78 @@ import contextlib
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 
-from gpuopt import loaders
-from gpuopt.core.errors import OutOfMemory, ResourceError, Unsupported, UsageError
+from gpuopt.core.errors import OutOfMemory, Unsupported, UsageError
 from gpuopt.core.live import Inputs, Model
 from gpuopt.core.registry import resolve
 from gpuopt.core.spec import Candidate
 from gpuopt.core.streamed import StreamRequest, StreamSpan
 from gpuopt.core.streaming import Anatomy, Calibration, Plan, StreamSpec
 from gpuopt.devices import info
-from gpuopt.loaders import describe
 from gpuopt.loaders import inputs as input_maker
-from gpuopt.pipeline import environment, hostmemory, stream_device, stream_rivals, stream_verified
+from gpuopt.pipeline import environment, hostmemory, stream_device, stream_files, stream_model, stream_rivals, stream_verified
 from gpuopt.pipeline.facts import ProgressCall
 from gpuopt.pipeline.stream_calls import Work, cache_bytes, rings_of, timed
 from gpuopt.pipeline.stream_device import StreamDevice
 from gpuopt.pipeline.stream_facts import Answer, Checked, Meters, Opened, PackedFolder, Planned, Ready, Timed
+from gpuopt.pipeline.stream_rivals.resident import whole
 from gpuopt.streaming import anatomy as anatomies
 from gpuopt.streaming import bound as binding
 from gpuopt.streaming import disk, hostpages, meta, packed, planner, timeline
 from gpuopt.streaming.engines import ENGINES
-from gpuopt.trust.policy import Format, classify
+from gpuopt.streaming.shelf import Shelf
 
 WARM_CALLS = 3
+SHELF_SHARE = 0.8
+"""Of the host memory that is available: what all units together may take of it, residents' too, for weights that are read from files."""
 ELASTIC = 0.85
 """Of the budget, after running out of memory within it."""
 
 
 class StreamSession:
-    """One model on one device. The order is load, then any of plan, bind, resident, accelerate, verify and pack."""
+    """One model on one device. The order is load, then any of plan, bind, resident, rival, verify and pack."""
 
     def __init__(self, progress: ProgressCall | None = None) -> None:
         self._progress: ProgressCall = progress or (lambda fraction, note: None)
         self._stack = contextlib.ExitStack()
         """What runs the model now: bound, or on the device."""
         self._weights: Any = None
-        self._available_bytes: int | None = None
+        self._available_bytes = self._room_bytes = 0
+        """Of host memory: when the model was loaded, and with what it holds itself."""
         self._others_bytes = 0
         """Of the device's memory, held by others before this process touched it."""
+        self._baseline_bytes: int | None = None
+        """Of the device's memory, allocated in this process before this session did anything."""
         self._anatomies: dict[tuple[str, str], Anatomy] = {}
-        self._calibrations: dict[tuple[str, str], Calibration] = {}
+        self._calibrations: dict[tuple[str, str, bool], Calibration] = {}
+        self._plans: dict[StreamSpec, Plan] = {}
+        self._gpu: Any = None
+        """The device's engine, one for all plans: what it locked once stays locked."""
+        self._shelf: Shelf | None = None
+        self._shelf_key: tuple[str, str] | None = None
+        self._is_live = False
+        """A caller's module, whose host memory is freed for what is resident."""
         self._engine: Any = None
         self._bound: Any = None
+        self._bounds: list[Any] = []
+        """Whatever is bound and not closed yet, in whosever hands."""
+
+    def __enter__(self) -> StreamSession:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
     # -- load -------------------------------------------------------------------------------------------------------------------------------------
 
     def load(self, candidate: Candidate, request: StreamRequest) -> Opened:
         """Open the model, with its weights where they lie, and make its inputs. Raises what the loader of its form raises, UsageError, Unavailable."""
         began = time.monotonic()
+        hostmemory.return_at_once()
         self._device = stream_device.parse(candidate.device)
         if not self._device.is_simulated:
             found = info.resolve(self._device.id)
@@ -65,26 +86,38 @@ class StreamSession:
                     "there is no CUDA device here to stream to", fix="--device simulated plans and runs with a device on paper"
                 )
             self._device = StreamDevice(id=found)
-            self._others_bytes = info.memory_used(found) or 0
+            self._others_bytes = info.memory_held(found) or 0
         self._available_bytes = hostpages.available_bytes()
         self._progress(None, "loading the model")
-        model, self._weights = opened(candidate)
+        model, self._weights = stream_model.opened(candidate, hollow=request.action == "plan" and self._device.is_simulated)
         return self._adopt(candidate, request, model, began)
 
     def adopt(self, candidate: Candidate, request: StreamRequest, model: Model, device: StreamDevice, inputs: Inputs) -> Opened:
         """The same for a live module, whose memory is freed as its weights move. Without inputs its compute is estimated."""
-        self._device, self._available_bytes = device, hostpages.available_bytes()
+        self._device, self._available_bytes, self._is_live = device, hostpages.available_bytes(), True
         self._weights = meta.empty(model.module)
         return self._adopt(candidate, request, model, time.monotonic(), inputs)
+
+    def aim(self, candidate: Candidate, request: StreamRequest) -> Opened:
+        """The same model with other inputs: what was measured with those before does not hold, and weights stay where they are."""
+        self.release()
+        self._calibrations.clear()
+        self._plans.clear()
+        return self._adopt(candidate, request, self._model, time.monotonic())
 
     def _adopt(self, candidate: Candidate, request: StreamRequest, model: Model, began: float, inputs: Inputs | None = None) -> Opened:
         if model.form != "module":
             raise Unsupported(f"streaming moves the weights of a PyTorch module, and this is {model.form}", fix="name the source model")
-        self._module = model.module
+        self._model, self._module = model, model.module
         made = inputs if inputs is not None else input_maker.make(model, candidate.inputs, dict(candidate.dims), "cpu", None)
         where = "cpu" if self._device.is_simulated else self._device.id
+        if self._baseline_bytes is None:
+            self._baseline_bytes = 0 if self._device.is_simulated else torch.cuda.memory_allocated(where)
         self._work = Work(module=self._module, inputs=made.map(lambda t: t.to(where)), device=where, new_tokens=request.generate)
         anatomy = self._dissected(StreamSpec())
+        # What the module holds itself is let go of block by block, as each is laid out. Memory that was looked at before the model was loaded counts that as free already.
+        own = sum(p.numel() * p.element_size() for p in self._module.parameters() if p.device.type == "cpu" and not p.is_meta)
+        self._room_bytes = self._available_bytes + (min(own, hostpages.anonymous_bytes()) if self._is_live else 0)
         return Opened(
             environment=environment.describe(),
             device=None if self._device.is_simulated else info.describe(self._device.id),
@@ -113,28 +146,19 @@ class StreamSession:
     def plan(self, spec: StreamSpec) -> Planned:
         """The plan for a budget, and a picture of a forward. Calibrates once a granularity. Raises ResourceError where the budget is too small, with the numbers."""
         made = self._plan(spec)
-        shown = timeline.simulate(
-            made.anatomy.units,
-            made.resident,
-            made.binding,
-            made.slots,
-            made.calibration.compute_ms,
-            made.calibration.link_bytes_per_s,
-            wrap=not spec.once,
-            homes=made.homes,
-            pageable_bytes_per_s=made.calibration.pageable_bytes_per_s,
-            disk_bytes_per_s=made.calibration.disk_bytes_per_s,
-        )
+        shown = planner.shown(made)
         spans = tuple(StreamSpan(queue=s.stream, unit=s.unit, start_ms=s.start_ms, end_ms=s.end_ms) for s in shown.spans)
         return Planned(plan=made, spans=spans)
 
     def _plan(self, spec: StreamSpec) -> Plan:
         self.release()
-        anatomy = self._dissected(spec)
-        return planner.plan(anatomy, spec, self._calibrated(anatomy, spec), available_host_bytes=self._available_bytes)
+        if spec not in self._plans:
+            anatomy = self._dissected(spec)
+            self._plans[spec] = planner.plan(anatomy, spec, self._calibrated(anatomy, spec), available_host_bytes=self._room_bytes)
+        return self._plans[spec]
 
     def _calibrated(self, anatomy: Anatomy, spec: StreamSpec) -> Calibration:
-        key = (spec.granularity, spec.embed)
+        key = (spec.granularity, spec.embed, spec.compile)
         if key not in self._calibrations:
             self._calibrations[key] = self._calibration(anatomy, spec)
         return self._calibrations[key]
@@ -144,10 +168,12 @@ class StreamSession:
         cache = cache_bytes(self._module, work.inputs, work.new_tokens)
         rings = rings_of(self._module, anatomy, work.new_tokens)
         if self._device.is_simulated:
-            return stream_device.made_up(self._device, anatomy, tokens=work.tokens, workload=work.words, cache_bytes=cache, rings=rings)
+            return stream_device.made_up(
+                self._device, anatomy, tokens=work.tokens, workload=work.words, cache_bytes=cache, rings=rings, waits=bool(work.new_tokens)
+            )
         from gpuopt.pipeline import stream_measured
 
-        engine = resolve(ENGINES, "cuda", kind="engine")(self._device.id)
+        engine = self._cuda()
         if spec.disk is not None or not work.has_inputs:
             # Timing the units would bring all of them into host memory, which is what there is a disk for.
             return stream_measured.estimated(engine, anatomy, spec, work, cache_bytes=cache, rings=rings)
@@ -157,13 +183,34 @@ class StreamSession:
             spec,
             engine,
             work.call,
+            brief=work.brief,
             fill=self._fill(),
+            shelf=self._shelf_for(spec, anatomy),
             workload=work.words,
             skip_prompt=bool(work.new_tokens),
             cache_bytes=cache,
             others_bytes=self._others_bytes,
+            baseline_bytes=self._baseline_bytes or 0,
             progress=self._progress,
         )
+
+    def _cuda(self) -> Any:
+        if self._gpu is None:
+            self._gpu = resolve(ENGINES, "cuda", kind="engine")(self._device.id)
+        return self._gpu
+
+    def _shelf_for(self, spec: StreamSpec, anatomy: Anatomy) -> Shelf | None:
+        """Where slabs stay from one plan to the next; None with a disk, which is for hosts that have no room for that."""
+        if spec.disk is not None:
+            return None
+        key = (spec.granularity, spec.embed)
+        if self._shelf is None or key != self._shelf_key:
+            if self._shelf is not None:
+                self._shelf.close()
+            is_read = not any(parameter.is_meta for parameter in self._module.parameters())
+            keep = is_read or anatomy.weight_bytes <= SHELF_SHARE * self._room_bytes
+            self._shelf, self._shelf_key = Shelf(keep_residents=keep), key
+        return self._shelf
 
     def _fill(self) -> Any:
         """Who writes a parameter's values: its file where it has none yet. None: the module has all of them, and lets go of each when it is pointed elsewhere."""
@@ -208,7 +255,7 @@ class StreamSession:
         return Ready(
             setup_s=setup_s,
             plan=bound.plan,
-            pinned_bytes=int(getattr(self._engine, "pinned_bytes", 0)),
+            pinned_bytes=bound.pinned_bytes,
             clock="simulated" if self._device.is_simulated else "cuda-event",
             notes=tuple(bound.notes),
         )
@@ -227,14 +274,23 @@ class StreamSession:
                 ring = disk.Ring(self._engine, folder, on_disk, num_buffers=timeline.DISK_BUFFERS)
                 stack.callback(ring.close)
                 sources = {unit.name: ring for unit in on_disk}
-            bound = binding.bind(self._module, plan, self._engine, sources, self._fill(), poison=poison, audit=audit)
-            stack.callback(bound.close)
+            shelf = self._shelf_for(plan.spec, plan.anatomy)
+            if shelf is not None and self._is_live:
+                shelf.keep_residents = False
+            bound = binding.bind(self._module, plan, self._engine, sources, self._fill(), poison=poison, audit=audit, shelf=shelf)
+            self._bounds.append(bound)
+            stack.callback(self._unbind, bound)
             yield bound
+
+    def _unbind(self, bound: Any) -> None:
+        bound.close()
+        if bound in self._bounds:
+            self._bounds.remove(bound)
 
     def engine(self, plan: Plan, *, schedule: str | None = None, seed: int | None = None) -> Any:
         """Of this session's device. schedule, seed: of copies on paper; on a real device a seed makes both queues sleep at random."""
         if not self._device.is_simulated:
-            return resolve(ENGINES, "cuda", kind="engine")(self._device.id, sleeps=seed)
+            return self._cuda() if seed is None else resolve(ENGINES, "cuda", kind="engine")(self._device.id, sleeps=seed)
         known = plan.calibration
         return resolve(ENGINES, "simulated", kind="engine")(
             known.link_bytes_per_s,
@@ -244,6 +300,8 @@ class StreamSession:
             pageable_bytes_per_s=known.pageable_bytes_per_s,
             disk_bytes_per_s=known.disk_bytes_per_s,
             disk_buffers=timeline.DISK_BUFFERS,
+            host_ms=known.host_ms,
+            host_waits=known.host_waits,
         )
 
     def resident(self, spec: StreamSpec) -> Ready:
@@ -255,19 +313,20 @@ class StreamSession:
             self._stack.enter_context(self._streamed(plan))
             return Ready(setup_s=time.monotonic() - began, clock="simulated")
         self._require_values()
-        self._stack.enter_context(stream_rivals.whole(self._module, self._device.id, self._dissected(spec).weight_bytes))
+        self._stack.enter_context(whole(self._module, self._device.id, self._dissected(spec).weight_bytes))
         return Ready(setup_s=time.monotonic() - began, clock="cuda-event")
 
-    def accelerate(self, spec: StreamSpec, weight_bytes: int) -> Ready:
-        """accelerate's dispatch at as many bytes of weights on the device. Raises Unavailable without the package, Unsupported on paper."""
+    def rival(self, name: str, spec: StreamSpec, weight_bytes: int) -> Ready:
+        """Another library's way at as many bytes of weights on the device. Raises Unavailable without its packages, Unsupported on paper and for what it cannot run."""
         if self._device.is_simulated:
-            raise Unsupported("accelerate moves weights to a real device", fix="--device cuda")
-        stream_rivals.require_accelerate()
+            raise Unsupported("other libraries move weights to a real device", fix="--device cuda")
+        stream_rivals.require(name)
         self.release()
         self._require_values()
         began = time.monotonic()
-        self._stack.enter_context(stream_rivals.accelerated(self._module, self._device.id, weight_bytes, self._dissected(spec)))
-        return Ready(setup_s=time.monotonic() - began, clock="cuda-event")
+        setting = self._stack.enter_context(stream_rivals.running(name, self._module, self._device.id, weight_bytes, self._dissected(spec)))
+        torch.cuda.reset_peak_memory_stats(self._device.id)
+        return Ready(setup_s=time.monotonic() - began, clock="cuda-event", notes=(setting,))
 
     def _require_values(self) -> None:
         """The module's parameters on the CPU, where nothing has read them yet."""
@@ -277,7 +336,7 @@ class StreamSession:
     def warm(self) -> None:
         """Calls that nobody counts: the first one compiles, allocates, fills slots."""
         for _ in range(WARM_CALLS if not self._work.new_tokens else 1):
-            self._work.call()
+            self._work.warm()
         if not self._device.is_simulated:
             torch.cuda.synchronize(self._device.id)
             torch.cuda.reset_peak_memory_stats(self._device.id)
@@ -304,9 +363,12 @@ class StreamSession:
         )
 
     def verify(self, spec: StreamSpec, forwards: int) -> Checked:
-        """Bit for bit against everything resident, and a hunt for races."""
+        """The files themselves; bit for bit against everything resident; and a hunt for races."""
         plan = self._plan(spec)
-        return Checked(checks=stream_verified.checks(self, plan, forwards), plan=plan)
+        files = tuple(stream_files.checks(self._weights, spec.disk))
+        if any(check.passed is False for check in files):  # what is damaged is damaged streamed and whole alike
+            return Checked(checks=files, plan=plan)
+        return Checked(checks=(*stream_verified.checks(self, plan, forwards), *files), plan=plan)
 
     def pack(self, spec: StreamSpec, folder: str) -> PackedFolder:
         """Write the units to a folder."""
@@ -362,19 +424,27 @@ class StreamSession:
         if self._device.is_simulated:
             yield
             return
-        with stream_rivals.whole(self._module, self._device.id, plan.anatomy.weight_bytes):
+        with whole(self._module, self._device.id, plan.anatomy.weight_bytes):
             yield
 
     def release(self) -> None:
-        """Nothing is bound after this."""
+        """Nothing that `bind`, `resident` or `rival` set up runs after this, and what it took of the device is free, for others too."""
+        had = self._bound is not None
         self._bound = None
         self._stack.close()
+        if had and not self._device.is_simulated:
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
-        """The weights' files too."""
-        self.release()
-        if self._weights is not None:
-            self._weights.close()
+        """Whatever is bound, then the memory its weights are given back to, then their files. Harmless twice."""
+        with contextlib.ExitStack() as closing:
+            if self._weights is not None:
+                closing.callback(self._weights.close)
+            if self._shelf is not None:
+                closing.callback(self._shelf.close)
+            for bound in list(self._bounds):
+                closing.callback(self._unbind, bound)
+            closing.callback(self.release)
 
 
 def _lowered(spec: StreamSpec) -> StreamSpec:
@@ -383,18 +453,3 @@ def _lowered(spec: StreamSpec) -> StreamSpec:
         return replace(spec, budget_share=ELASTIC * spec.budget_share)
     assert spec.budget_bytes is not None
     return replace(spec, budget_bytes=int(ELASTIC * spec.budget_bytes))
-
-
-def opened(candidate: Candidate) -> tuple[Model, Any]:
-    """The model, and where its weights come from: a transformers folder is built without them, everything else is loaded whole. Raises what loaders raise."""
-    ref = candidate.model
-    path = Path(ref.text)
-    if not ref.trust_remote_code and path.exists() and classify(ref.text) is Format.TRANSFORMERS:
-        weights = meta.empty(path, cast=ref.cast)
-        return describe.of_module(weights.module, name=describe.name_of(path), sha256=None, notes=[]), weights
-    model = loaders.load(ref)
-    if model.form != "module":
-        return model, None
-    if model.module is None or not isinstance(model.module, torch.nn.Module):
-        raise ResourceError(f"{model.name} holds no module", fix="name the source model")
-    return model, meta.empty(model.module)

@@ -92,7 +92,7 @@ def _hunt(session: StreamSession, plan: Plan, reference: str, forwards: int) -> 
     for number, (schedule, seed) in enumerate(schedules):
         session.progress(number / len(schedules), "hunting races")
         engine = session.engine(plan, schedule=schedule, seed=seed)
-        with session.streamed(plan, engine=engine, poison=True):
+        with capped(session, plan), session.streamed(plan, engine=engine, poison=True):
             share = -(-forwards // len(schedules))
             for _ in range(share):
                 ran += 1
@@ -114,7 +114,7 @@ def _reordered(session: StreamSession, plan: Plan, orders: list[tuple[str, list[
     module = session.work.module
     if not tried:
         return StreamCheck(name="order", passed=None, detail="this model does not run with its blocks in another order")
-    with session.streamed(plan, poison=True) as bound:
+    with capped(session, plan), session.streamed(plan, poison=True) as bound:
         wrong = 0
         for ring, order, want in tried:
             wrong += _in_order(module, ring, order, lambda: digest(session.work.forward())) != want

@@ -27,6 +27,7 @@ def tried(crew: Crew, question: Screen) -> tuple[Screened, Run]:
     member = crew.seat(candidate)
     crew.expect(question.ahead)
     seat = member.seat
+    _hold_to_name(crew, seat)
     with crew.ahead.still():
         samples = _quick(seat, _short(crew.job.bench)) if seat.ok else None
     if seat.run.status in PASSING and crew.ahead.coming:  # for memory, or time, that those who build ahead took
@@ -34,6 +35,7 @@ def tried(crew: Crew, question: Screen) -> tuple[Screened, Run]:
         crew.ahead.close()
         member = crew.seat(candidate)
         seat = member.seat
+        _hold_to_name(crew, seat)
         samples = _quick(seat, _short(crew.job.bench)) if seat.ok else None
     ms = median(samples.samples_ns) / 1e6 if samples is not None and samples.samples_ns else None
     if not seat.ok or ms is None:
@@ -53,6 +55,15 @@ def tried(crew: Crew, question: Screen) -> tuple[Screened, Run]:
     member.cost_ms = ms / crew.share(candidate)
     crew.make_room()
     return Screened(status=Status.OK, ms=ms, peak_bytes=peak, verified=bool(member.verify)), seat.run
+
+
+def _hold_to_name(crew: Crew, seat: Seat) -> None:
+    """Where precisions were named, the model's own is one of them: a candidate left as it was loaded stands for it, and computes in it or is refused, as in `bench`. The
+    input itself is what it is."""
+    audit, candidate = seat.run.precision_audit, seat.candidate
+    is_named = bool(crew.job.search.precisions) and candidate.precision is None and not candidate.transforms.keep_fp32
+    if seat.ok and is_named and candidate != crew.base and audit is not None and not audit.honoured:
+        seat.run = figures.not_honoured(seat.run, audit)
 
 
 def _quick(seat: Seat, spec: BenchSpec) -> Samples | None:

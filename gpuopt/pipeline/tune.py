@@ -26,7 +26,7 @@ class Way:
     build_s: float
     """Expected seconds until it can be timed."""
     needs: frozenset[str] = frozenset()
-    """Facts of the model or the machine without which it is not tried: `gpu`, `batch_norm`, `products`."""
+    """Facts of the model or the machine without which it is not tried: `gpu`, `batch_norm`, `products`, `masked_attention`, `unfilled`."""
 
 
 WAYS: tuple[Way, ...] = (
@@ -35,6 +35,8 @@ WAYS: tuple[Way, ...] = (
     Way(backend="inductor:reduce-overhead", device=0.8, host=0.03, build_s=30.0, needs=frozenset({"gpu"})),
     Way(backend="inductor:graphed", device=0.8, host=0.02, build_s=30.0, needs=frozenset({"gpu"})),
     Way(backend="inductor:graphed,wide_rows=true", device=0.78, host=0.02, build_s=30.0, needs=frozenset({"gpu"})),
+    Way(backend="inductor:graphed,flex=true", device=0.75, host=0.02, build_s=40.0, needs=frozenset({"gpu", "masked_attention"})),
+    Way(backend="inductor:graphed,streams=2", device=0.78, host=0.02, build_s=35.0, needs=frozenset({"gpu", "unfilled"})),
     Way(backend="inductor:freezing", device=0.75, host=0.6, build_s=35.0, needs=frozenset({"batch_norm"})),
     Way(backend="inductor:freezing-reduce-overhead", device=0.75, host=0.03, build_s=40.0, needs=frozenset({"gpu", "batch_norm"})),
     Way(backend="inductor:freezing-graphed", device=0.75, host=0.02, build_s=40.0, needs=frozenset({"gpu", "batch_norm"})),
@@ -42,6 +44,7 @@ WAYS: tuple[Way, ...] = (
     Way(backend="inductor:max-autotune-no-cudagraphs", device=0.75, host=0.6, build_s=150.0, needs=frozenset({"gpu", "products"})),
     Way(backend="inductor:max-autotune-graphed", device=0.75, host=0.02, build_s=150.0, needs=frozenset({"gpu", "products"})),
     Way(backend="cudagraphs", device=1.0, host=0.02, build_s=6.0, needs=frozenset({"gpu"})),
+    Way(backend="cudagraphs:streams=2", device=0.97, host=0.02, build_s=8.0, needs=frozenset({"gpu", "unfilled"})),
     Way(backend="aoti", device=0.8, host=0.2, build_s=45.0),
     Way(backend="ort", device=1.1, host=0.3, build_s=40.0),
     Way(backend="trt", device=0.7, host=0.05, build_s=120.0, needs=frozenset({"gpu"})),
@@ -52,6 +55,14 @@ PRECISIONS: tuple[Precision, ...] = (Precision.FP32, Precision.TF32, Precision.B
 QUANTISED: tuple[Precision, ...] = (Precision.FP8, Precision.INT8)
 """Tried where they are named, or where a metric of the user's guards them: no eager twin says how much error is theirs by right, and a signal-to-noise ratio
 cannot say what an answer is worth. Weight-only formats are for decoding, which is measured by `bench --generate`."""
+
+MASKED = 0.05
+"""Share of a call in attention with a mask from which FlexAttention is tried: a kernel twice as fast is then worth more than the noise."""
+UNFILLED = 0.2
+"""Share of the multiprocessors' time without a block from which parts of a batch are run side by side: two chains of kernels fill each other's last waves and the gaps between
+dependent kernels, and all weights are read twice for it."""
+KERNELS_NAMED = "attention"
+"""The rewrite that names one attention kernel: no FlexAttention is left to choose then."""
 
 OWN_OPS = frozenset({"fuse_conv", "gelu_epilogue"})
 """Rewrites into operators of gpuopt's own, which no foreign exporter knows."""
@@ -90,6 +101,10 @@ class Facts:
     has_batch_norm: bool = False
     has_convolutions: bool = False
     has_products: bool = True
+    masked_attention: float = 0.0
+    """Share of the call in attention, where some of it reads a mask or a bias."""
+    unfilled: float = 0.0
+    """Share of the multiprocessors' time without a block to run, by the grids in the trace."""
     rewrites: dict[str, str] = field(default_factory=dict)
     """Rewrite -> why it does not apply; "" where it does."""
     cannot: dict[str, str] = field(default_factory=dict)
@@ -101,9 +116,14 @@ class Facts:
     @property
     def traits(self) -> frozenset[str]:
         """In the words of `Way.needs`."""
-        return frozenset(
-            name for name, holds in (("gpu", self.on_gpu), ("batch_norm", self.has_batch_norm), ("products", self.has_products)) if holds
-        )
+        held = {
+            "gpu": self.on_gpu,
+            "batch_norm": self.has_batch_norm,
+            "products": self.has_products,
+            "masked_attention": self.masked_attention >= MASKED,
+            "unfilled": self.unfilled >= UNFILLED and self.batch % 2 == 0,
+        }
+        return frozenset(name for name, holds in held.items() if holds)
 
 
 def key(candidate: Candidate) -> str:
@@ -135,11 +155,14 @@ def space(base: Candidate, facts: Facts, *, backends: Sequence[str] = (), precis
         if precision is Precision.TF32 and (facts.own is not Precision.FP32 or not facts.on_gpu):
             continue
         apart = (OWN_OPS if spec.name in FOREIGN else frozenset()) | (NOT_QUANTISED if precision in QUANTISED else frozenset())
+        if spec.options.get("flex"):
+            apart |= {KERNELS_NAMED}
         if apart & {text.partition(":")[0] for text in change.rewrites}:
             continue
         made = replace(
             base,
             backend=replace(spec, options={**base.backend.options, **spec.options} if spec.name == base.backend.name else spec.options),
+            # Left as it was loaded, without a cast; `trying` holds it to the name all the same, where one was asked for.
             precision=None if precision is facts.own and base.precision is None else precision,
             transforms=change,
         )

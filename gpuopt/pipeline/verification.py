@@ -109,7 +109,7 @@ def _eager(
     precision = precision.carrier
     dtype = getattr(torch, precision.dtype)
     with precisions.flags(precision):
-        module = converters.apply(model, precision, Transforms()).module
+        module = converters.apply(model, precision, Transforms(), device=device).module
         module = copy.deepcopy(module) if module is model.module else module
         found = Twin(outputs=[])
         try:
@@ -299,7 +299,7 @@ def as_it_is(model: Model, device: str, sample: Inputs) -> Iterator[tuple[Callab
         return
     where = "cpu" if model.form == "torchscript" else device
     with precisions.flags(own):
-        module = converters.apply(model, own, Transforms()).module
+        module = converters.apply(model, own, Transforms(), device=where).module
         module = (copy.deepcopy(module) if module is model.module and model.form != "torchscript" else module).to(where)
         try:
             with torch.no_grad():

@@ -24,7 +24,15 @@ QUIET = {"autotune_num_choices_displayed": 0}
 
 
 PICKING = frozenset(
-    {"max_autotune", "max_autotune_gemm", "max_autotune_pointwise", "coordinate_descent_tuning", "triton.cudagraphs", "wide_rows"}
+    {
+        "max_autotune",
+        "max_autotune_gemm",
+        "max_autotune_pointwise",
+        "coordinate_descent_tuning",
+        "triton.cudagraphs",
+        "wide_rows",
+        "streams",
+    }
 )
 """Settings that leave a program what it is, and pick its kernels or replay them."""
 

@@ -17,9 +17,10 @@ import jinja2
 from markupsafe import Markup
 
 from gpuopt.core.result import Report, Run, Status
-from gpuopt.reports import batches, crossing, plots, roofline, strips
+from gpuopt.core.streamed import StreamReport
+from gpuopt.reports import batches, crossing, frontier, plots, roofline, strips
 from gpuopt.reports import figures as f
-from gpuopt.reports.content import changes, naming
+from gpuopt.reports.content import changes, naming, streaming
 from gpuopt.reports.content.blocks import Bars, Block, Cell, Facts, Messages, Page, Roofline, Steps, Table, View
 from gpuopt.reports.page import page
 from gpuopt.reports.scene import profiled, scene, to_script
@@ -55,6 +56,7 @@ def render(report: Report, view: View | None = None) -> str:
         roofline_notes=list(dict.fromkeys(note for picture in rooflines for note in picture.notes)),
         curves=_curve_table(report),
         devices=Markup(crossing.svg(report)),
+        frontier=Markup(frontier.svg(report)),
         style=Markup(style),
         scripts=[Markup(source) for source in runs],
         scene=Markup(to_script(data)),
@@ -130,6 +132,8 @@ class _Tile:
 
 def _tiles(report: Report) -> list[_Tile]:
     """Of the only run that worked, or of the fastest; none where several models are told of."""
+    if report.streamed is not None:
+        return _streamed(report.streamed)
     timed = [run for run in report.runs if run.status == Status.OK and run.latency_ms is not None]
     if not timed or naming.several_models(report):
         return []
@@ -163,6 +167,26 @@ def _tiles(report: Report) -> list[_Tile]:
     return tiles
 
 
+def _streamed(told: StreamReport) -> list[_Tile]:
+    """Of all budgets, the worst in each respect."""
+    seen = [row.measured for row in told.rows if row.measured is not None]
+    if not seen:
+        return []
+    least = min(one.pct_of_bound for one in seen)
+    off = max(abs(one.median_ms / one.plan.predicted_ms - 1) for one in seen)
+    lowest, furthest = ("lowest of ", "largest of ") if len(seen) > 1 else ("", "")
+    each = f.plural(len(seen), "budget")
+    bits = {one.exact for one in seen}
+    same = ("no", "bad") if False in bits else ("bit for bit", "good") if bits == {True} else ("not compared", "warn")
+    return [
+        _Tile(name="of the bound", value=f.percent(least), beside=f"{lowest}{each}", tone="good" if least >= streaming.CLOSE_PCT else "warn"),
+        _Tile(
+            name="off the prediction", value=f.percent(100 * off), beside=f"{furthest}{each}", tone="good" if 100 * off <= streaming.TRUE_PCT else "warn"
+        ),
+        _Tile(name="same model", value=same[0], tone=same[1]),
+    ]  # fmt: skip
+
+
 def _verified(run: Run) -> _Tile:
     if run.accuracy is None:
         return _Tile(name="same model", value="not verified", tone="warn")
@@ -188,6 +212,7 @@ def _sections(report: Report, shown: Page) -> list[_Section]:
         "verdict": "Before and after",
         "search": "What was tried",
         "devices": "Devices",
+        "frontier": "Frontier",
         "findings": "Findings",
         "time": "Where the time goes",
         "roofline": "Roofline",
@@ -199,6 +224,8 @@ def _sections(report: Report, shown: Page) -> list[_Section]:
     machine: list[Block] = []
     for block in map(_trimmed, (*shown.blocks, *shown.next)):
         home = _home(block)
+        if home == "frontier" and block.title.startswith("Frontier, drawn") and frontier.svg(report):
+            home = "drawn"
         if home == "time" and isinstance(block, Table) and not block.notes and strips.falls(report) is not None:
             home = "drawn"  # the picture has the same figures
         if home != "drawn":
@@ -207,6 +234,7 @@ def _sections(report: Report, shown: Page) -> list[_Section]:
         "verdict": False,
         "search": False,
         "devices": bool(crossing.svg(report)),
+        "frontier": bool(frontier.svg(report)),
         "findings": bool(report.findings and strips.findings(report)),
         "time": strips.falls(report) is not None,
         "roofline": bool(roofline.pictures(report)),
@@ -262,6 +290,7 @@ def _fall_notes(shown: Page) -> list[str]:
 
 _HOMES = (
     ("Over batch", "devices"),
+    ("Frontier", "frontier"),
     ("Ops that changed", "modules"),
     ("Kernels that came", "modules"),
     ("Lines that changed", "modules"),

@@ -18,6 +18,8 @@ _FORMATS = (("fp8", 1.0), ("int4", 0.5 * _SCALES))
 _MANY_TOKENS = 256
 """From here on a forward's time is taken to grow with its tokens; below, reading the weights is what it costs."""
 _STALL = 0.02
+HOST_BOUND = 1.5
+"""What queueing a forward takes of the host, over what running it takes of the device, from which it is worth a sentence."""
 
 
 def advise(plan: Plan) -> tuple[str, ...]:
@@ -37,8 +39,18 @@ def advise(plan: Plan) -> tuple[str, ...]:
         said.append(
             f"copies hide behind compute: {_ms(plan.stall_ms)} of {_ms(plan.predicted_ms)} waits for them, so a larger budget gains nothing"
         )
+    said += _launching(plan)
     said += _slow_homes(plan)
     return tuple(said)
+
+
+def _launching(plan: Plan) -> list[str]:
+    host, device = (sum(times.values()) for times in (plan.calibration.host_ms, plan.calibration.compute_ms))
+    if host <= HOST_BOUND * device or plan.link_ms > plan.compute_ms:
+        return []
+    return [
+        f"C is the host's: to queue a forward takes {_ms(host)}, to compute it {_ms(device)}; --compile, or more tokens a forward, shorten or fill that"
+    ]
 
 
 def _link_bound(plan: Plan) -> str:

@@ -20,8 +20,8 @@ from gpuopt.core.errors import BadInput, ResourceError, Unsupported, UsageError
 from gpuopt.core.streaming import Plan, Unit
 from gpuopt.streaming import guards
 from gpuopt.streaming.engines import Engine, Fill, Filler, HostBuffer, Source
-from gpuopt.streaming.hostpages import Pages
 from gpuopt.streaming.parameters import Tensors
+from gpuopt.streaming.shelf import Shelf
 from gpuopt.streaming.slabs import Held, Slab, Staged, bits_of, checksum
 from gpuopt.streaming.slabs import fill as fill_slab
 from gpuopt.streaming.streamer import Streamer
@@ -57,6 +57,7 @@ def bind(
     *,
     poison: bool = False,
     audit: bool = False,
+    shelf: Shelf | None = None,
 ) -> Bound:
     """Stream a module's weights from now on, in place. The module is called as ever, one forward at a time, in eval mode without gradients.
 
@@ -66,10 +67,11 @@ def bind(
     fill: for a module on the meta device: writes a tensor's true values (or has a method `fill` that does, and `fill_unit` for a slab at once). Names are those of the plan,
         and of buffers.
     poison, audit: as `Streamer`'s, to look for races.
+    shelf: where slabs lie that the next binding will want again. It stays the caller's to close, after this binding. None: slabs live as long as the binding.
 
     Raises BadInput where the plan is not this module's, UsageError in training mode, OutOfMemory, ResourceError. The module is as before then.
     """
-    bound = Bound(module, plan, engine)
+    bound = Bound(module, plan, engine, shelf)
     try:
         with torch.inference_mode(False), torch.no_grad():
             bound._bind(dict(sources or {}), fill, poison=poison, audit=audit)
@@ -85,7 +87,7 @@ class Bound:
     streamer: Streamer
     """Counts copies, bytes and demand fetches."""
 
-    def __init__(self, module: nn.Module, plan: Plan, engine: Engine) -> None:
+    def __init__(self, module: nn.Module, plan: Plan, engine: Engine, shelf: Shelf | None = None) -> None:
         self.module = module
         self.plan = plan
         """As it came out: a unit that could not be locked is `pageable`."""
@@ -99,7 +101,10 @@ class Bound:
         """Of units with a source of their own: whether the module held them before."""
         self._sources: dict[str, Source] = {}
         self._ours: list[Source] = []
+        self._own_shelf = Shelf(keep_residents=False) if shelf is None else None
+        self._shelf = shelf if shelf is not None else self._own_shelf or Shelf()
         self._homes: dict[str, HostBuffer] = {}
+        """Of streamed units, on the shelf."""
         self._residents: dict[str, Slab] = {}
         self._read_last: Slab | None = None
         self._stages: list[Stage] = []
@@ -113,6 +118,12 @@ class Bound:
     def num_units(self) -> int:
         """Streamed units."""
         return len(self.plan.binding)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Of host memory, locked for this plan: slabs, and the ring before those that are not."""
+        rings = (source.ring_bytes for source in self._ours if isinstance(source, Staged))
+        return sum(home.bytes.numel() for home in self._homes.values() if home.pinned) + sum(rings)
 
     @property
     def pinned_units(self) -> int:
@@ -138,7 +149,9 @@ class Bound:
         given: Any = fill
         write: Fill = self._own if fill is None else getattr(given, "fill", given)
         self._write_unit: Callable[[Unit, torch.Tensor], int] = functools.partial(_filled, write, getattr(fill, "fill_unit", None))
-        self._tensors.settle(self.engine.device, write)
+        self._tensors.settle(self.engine.device, write, keep=self._shelf.keep_residents)
+        if any(home != "pinned" for home in self.plan.homes.values()):
+            self._shelf.unlock_others({name for name, home in self.plan.homes.items() if home == "pinned"})
         for name in self.plan.resident:
             self._settle(self._units[name])
         for name in self.plan.binding:
@@ -162,32 +175,49 @@ class Bound:
         if bits_of(target) != bits_of(source):
             raise ResourceError(f"{name} was copied to host memory and is not the same there", fix="check this machine's memory")
 
+    def _housed(self, unit: Unit, *, pin: bool) -> HostBuffer:
+        """The unit's slab on the shelf; written now, unless it lies there and the module has its weights from there. The module's own memory is free for the next one's then."""
+        home = self._shelf.find(unit)
+        if home is not None and self._tensors.lies_in(unit, home.bytes):
+            if pin:
+                self.engine.lock(home)
+            self.checksums[unit.name] = self._shelf.checksums[unit.name]
+            return home
+        if home is None:
+            home = self.engine.home(unit.num_bytes, pin=pin)
+        elif pin:
+            self.engine.lock(home)
+        try:
+            self.checksums[unit.name] = self._write_unit(unit, home.bytes)
+        except BaseException:
+            self._shelf.drop(unit.name)
+            home.close()
+            raise
+        self._shelf.put(unit, home, self.checksums[unit.name])
+        self._tensors.point(unit, Slab(unit, home.bytes))
+        return home
+
     def _settle(self, unit: Unit) -> None:
         """A resident unit: laid out as in a slot, so that it is computed with the same kernels."""
-        pages = Pages(unit.num_bytes)
-        try:
-            self.checksums[unit.name] = self._write_unit(unit, pages.bytes)
-            slab = Slab(unit, self.engine.slot(unit.num_bytes))
-            slab.bytes.copy_(pages.bytes)
-            if checksum(slab.bytes) != self.checksums[unit.name]:
-                raise BadInput(f"{unit.name} arrived on the device with other bytes", fix="check this machine's memory and its link")
-        finally:
-            pages.close()
+        home = self._housed(unit, pin=False)
+        slab = Slab(unit, self.engine.slot(unit.num_bytes))
+        slab.bytes.copy_(home.bytes)
+        if checksum(slab.bytes) != self.checksums[unit.name]:
+            raise BadInput(f"{unit.name} arrived on the device with other bytes", fix="check this machine's memory and its link")
         self._tensors.point(unit, slab)
         self._residents[unit.name] = slab
+        if not self._shelf.keep_residents:
+            self._shelf.drop(unit.name)
 
     def _house(self, unit: Unit, sources: Mapping[str, Source]) -> None:
-        """A streamed unit: its bytes go to a slab, and the module's own memory is free for the next one's."""
+        """A streamed unit: its bytes go to a slab."""
         if unit.name in sources:
             self._had_values[unit.name] = not any(self._tensors.parameter(place.name).is_meta for place in unit.places)
             return
         wanted = self.plan.homes.get(unit.name, "pinned")
         if wanted == "disk":
             raise UsageError(f"the plan reads {unit.name} from a disk", fix="pack the model and pass --disk DIR")
-        home = self.engine.home(unit.num_bytes, pin=wanted == "pinned")
-        self._homes[unit.name] = home
-        self.checksums[unit.name] = self._write_unit(unit, home.bytes)
-        self._tensors.point(unit, Slab(unit, home.bytes))
+        self._homes[unit.name] = self._housed(unit, pin=wanted == "pinned")
 
     def _take_sources(self, given: dict[str, Source]) -> None:
         locked = {name: home for name, home in self._homes.items() if home.pinned}
@@ -228,7 +258,9 @@ class Bound:
         self._undo.callback(guards.install(self.module, owned, self.read, self.engine.device))
 
     def _wrap(self) -> None:
-        """Forwards of the model and of streamed units run the protocol. Residents run as they are, but for a simulated clock."""
+        """Forwards of the model and of streamed units run the protocol. Residents run as they are, but for a simulated clock; so does a model that fits."""
+        if not self.plan.binding and not self.engine.listens:
+            return
         self._stage("", self.module, None)
         for name in self._units:
             if name in self.plan.binding or self.engine.simulated:
@@ -334,36 +366,53 @@ class Bound:
         """
         if not self._is_open:
             return
-        self._undo.close()
-        with torch.inference_mode(False), torch.no_grad():
-            self._give_back()
-        for source in self._ours:
-            source.close()
-        for home in self._homes.values():
-            home.close()
         self._is_open = False
+        # From the last to the first, and each even where one before it failed: the module first, what it was given back from after it.
+        with ExitStack() as closing:
+            closing.callback(self._forget)
+            if self._own_shelf is not None:
+                closing.callback(self._own_shelf.close)
+            for source in self._ours:
+                closing.callback(source.close)
+            closing.callback(self._give_back)
+            closing.callback(self._undo.close)
+
+    def _forget(self) -> None:
+        """Nothing keeps the device's memory, or the host's."""
         self._stages.clear()
         self._residents.clear()
+        self._read_last = None
         self._sources, self._ours, self._homes = {}, [], {}
         if hasattr(self, "streamer"):
+            self.streamer.forget()
             del self.streamer
+        # It refers back to this object, which a ring of references would keep alive, and the device's memory with it, until the garbage collector comes by.
+        self._write_unit = _written_already
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _give_back(self) -> None:
         tensors = self._tensors
         self.engine.drain()
         for name in self.plan.binding:
             unit = self._units[name]
-            if name in self._homes:
-                tensors.point(unit, Slab(unit, self._homes[name].bytes))
+            home = self._shelf.find(unit)
+            if name in self._homes and home is not None:
+                tensors.point(unit, Slab(unit, home.bytes))
             elif name in self._sources and hasattr(self, "streamer"):
                 # What never was in host memory need not fit there.
                 if self._had_values[name]:
                     tensors.point(unit, Slab(unit, self._sources[name].read(name)))
                 else:
                     tensors.empty(unit)
-        for name, slab in self._residents.items():
-            tensors.point(self._units[name], Slab(slab.unit, slab.bytes.to("cpu")))
+        for slab in self._residents.values():
+            kept = self._shelf.find(slab.unit)
+            tensors.point(slab.unit, Slab(slab.unit, slab.bytes.to("cpu") if kept is None else kept.bytes))
         tensors.unsettle()
+
+
+def _written_already(unit: Unit, target: torch.Tensor) -> int:
+    raise AssertionError(f"{unit.name} was to be written into {target.numel()} bytes after closing")
 
 
 def _filled(write: Fill, write_unit: Callable[[Unit, torch.Tensor], None] | None, unit: Unit, target: torch.Tensor) -> int:

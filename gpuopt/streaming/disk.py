@@ -23,13 +23,15 @@ from gpuopt.streaming import packed
 from gpuopt.streaming.diskrate import DiskRate, measure_disk
 from gpuopt.streaming.engines import Engine, HostBuffer
 from gpuopt.streaming.packed import Packed
-from gpuopt.streaming.reading import NUM_THREADS, PIECE_BYTES
+from gpuopt.streaming.reading import NUM_THREADS, PAGE_BYTES, PIECE_BYTES
 from gpuopt.trust.policy import printable
 
 __all__ = ["DiskRate", "Ring", "measure_disk"]
 
 JOIN_S = 5.0
 """A read that takes longer than this hangs in the kernel, where no thread can be stopped."""
+_LEAST_PIECE_BYTES = 2**20
+"""Of one read: below it a drive answers requests, not bytes."""
 STUCK_S = 60.0
 """Without a byte: a network disk that is gone answers with nothing at all."""
 
@@ -57,7 +59,7 @@ class _Load:
     waiting: bool = False
     """A thread waits for the last copy out of the buffer."""
     dropped: bool = False
-    error: Exception | None = None
+    error: BaseException | None = None
 
     @property
     def is_over(self) -> bool:
@@ -297,10 +299,16 @@ class Ring:
         buffer = next((b for b in self._free if b.copied), self._free[0])
         self._free.remove(buffer)
         total = packed.file_bytes(unit)
-        pieces = deque((start, min(PIECE_BYTES, total - start)) for start in range(0, total, PIECE_BYTES))
+        step = self._piece_bytes(total)
+        pieces = deque((start, min(step, total - start)) for start in range(0, total, step))
         load = self._loads[name] = _Load(unit=unit, buffer=buffer, pieces=pieces)
         self._condition.notify_all()
         return load
+
+    def _piece_bytes(self, total: int) -> int:
+        """Small enough that all threads have something to read where only one unit is on its way; whole pages."""
+        share = -(-total // self.num_threads // PAGE_BYTES) * PAGE_BYTES
+        return max(_LEAST_PIECE_BYTES, min(PIECE_BYTES, share))
 
     def _fetch(self, name: str) -> _Load:
         """What nobody expected: it goes first, in the buffer of what is expected last when none is free."""
@@ -393,7 +401,7 @@ class Ring:
                     self._packed.file(load.unit.name).read_into(start, memory[start : start + length])
                     if is_checked:
                         total = packed.checksum(memory[start : min(start + length, load.unit.num_bytes)])
-            except Exception as caught:  # noqa: BLE001 - whatever it is, it belongs to the forward that needs these bytes, not to this thread
+            except BaseException as caught:  # noqa: BLE001 - whatever it is, it belongs to the forward that needs these bytes; a thread that ended by it would leave that waiting
                 error = caught
             with self._condition:
                 if piece is None:

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 import transformers
 from torch import nn
 
-from gpuopt.core.errors import BadInput, GpuoptError, Unavailable, Unsupported, Untrusted, UsageError
+from gpuopt.core.errors import BadInput, Unsupported, Untrusted, UsageError
+from gpuopt.programs import pretrained
 from gpuopt.streaming import meta, shards
 from gpuopt.streaming.meta import Weights
 from gpuopt.streaming.owned import Owned
-from gpuopt.trust import gate
 from gpuopt.trust.policy import printable
-
-_MAX_CONFIG_BYTES = 16 * 2**20
-_ATTENTION = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
-_HUB_KERNELS = ("fusion_config", "kernel_config", "use_kernels")
 
 
 def of_folder(path: Path, *, cast: bool = False) -> Weights:
@@ -38,7 +30,7 @@ def of_folder(path: Path, *, cast: bool = False) -> Weights:
             f"{printable(str(path))} is no transformers folder: it holds no config.json",
             fix="name a folder, or give a factory and its files",
         )
-    raw = _config(path)
+    raw = pretrained.configuration(path)
     _refuse_code(path, raw)
     if raw.get("quantization_config"):
         raise Unsupported(
@@ -46,9 +38,9 @@ def of_folder(path: Path, *, cast: bool = False) -> Weights:
         )
     files = shards.opened(path)
     try:
-        with _offline(), _quiet(), _translated(path):
+        with pretrained.loading(path):
             config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-            cls = _class(config)
+            cls = pretrained.class_of(config)
             dtype = _dtype(config, files)
             module = meta.built(lambda: cls._from_config(config, dtype=dtype))
             prefix = f"{cls.base_model_prefix}." if cls.base_model_prefix else ""
@@ -119,95 +111,11 @@ def _kept(module: nn.Module, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
     return {name: kept for name, _ in module.named_parameters(remove_duplicate=False) for rule, kept in rules if rule.search(name)}
 
 
-def _config(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    if file.stat().st_size > _MAX_CONFIG_BYTES:
-        raise BadInput(f"{printable(path.name)}/config.json is larger than 16 MiB", fix="download the folder again")
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BadInput(
-            f"{printable(path.name)}/config.json is damaged: {printable(str(error))}", fix="download the folder again"
-        ) from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{printable(path.name)}/config.json is no object", fix="download the folder again")
-    return content
-
-
 def _refuse_code(path: Path, raw: dict[str, Any]) -> None:
-    """Code beside the weights, and kernels that transformers would fetch from its hub and run. Raises Untrusted."""
-    where = f"{printable(path.name)}/config.json"
-    queue: list[Any] = [raw]
-    while queue:
-        item = queue.pop()
-        if isinstance(item, list):
-            queue.extend(item)
-        if not isinstance(item, dict):
-            continue
-        queue.extend(item.values())
-        for key, value in item.items():
-            if key == "auto_map" and value:
-                raise Untrusted(f"{where} names Python code of its own (auto_map)", fix="take auto_map out to use transformers' own class")
-            if key in _ATTENTION and (not isinstance(value, (str, type(None))) or value not in gate.SAFE_ATTENTION):
-                raise Untrusted(f"{where} asks for the attention kernel {printable(str(value))!r}", fix="take that entry out")
-            if key in _HUB_KERNELS and value:
-                raise Untrusted(f"{where} asks for kernels from a hub ({key})", fix="take that entry out")
-
-
-def _class(config: Any) -> Any:
-    for name in getattr(config, "architectures", None) or ():
-        cls = getattr(transformers, str(name), None)
-        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
-            return cls
-    if type(config) in transformers.AutoModel._model_mapping:
-        return transformers.AutoModel._model_mapping[type(config)]
-    raise BadInput(
-        f"transformers {transformers.__version__} has no model class for {printable(str(getattr(config, 'architectures', None)))}",
-        fix="pip install -U transformers",
-    )
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """The libraries read this constant at each request."""
-    before = huggingface_hub.constants.HF_HUB_OFFLINE
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE = before
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except GpuoptError:
-        raise
-    except ImportError as error:
-        raise Unavailable(
-            f"{printable(path.name)} needs a package that is missing: {printable(str(error), limit=200)}",
-            fix=f"pip install {error.name or '…'}",
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
-        # What transformers raises for a configuration or weights it cannot use.
-        raise BadInput(
-            f"transformers {transformers.__version__} cannot build {printable(path.name)}: {printable(str(error).strip(), limit=300)}",
-            fix="check config.json, or update transformers",
-        ) from error
+    """Code beside the weights, and kernels from a hub. Raises Untrusted."""
+    if any(key == "auto_map" and value for key, value in pretrained.entries(raw)):
+        raise Untrusted(
+            f"{printable(path.name)}/config.json names Python code of its own (auto_map)",
+            fix="take auto_map out to use transformers' own class",
+        )
+    pretrained.refuse_kernels(path, raw)

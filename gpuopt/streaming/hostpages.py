@@ -23,6 +23,8 @@ PORTABLE = 1
 _UNLIMITED = 1 << 60
 """Version 1 of cgroups says so with a number near 2^63, version 2 with `max`."""
 _HUGE = 2 << 20
+_TOUCHED = 64 << 20
+"""Bytes of pages touched at once: fewer pages than torch cuts its work at."""
 
 
 def _nothing() -> None:
@@ -58,6 +60,11 @@ class Pages:
         if self._bytes is None:
             raise ValueError("host memory was read after it was closed")
         return self._bytes
+
+    def touch(self) -> None:
+        """Have the system give all pages now, to this thread's node."""
+        for start in range(0, self.num_bytes, _TOUCHED):  # in pieces that torch does not share out among its threads
+            self.bytes[start : start + _TOUCHED : mmap.PAGESIZE].zero_()
 
     @property
     def pinned(self) -> bool:
@@ -103,9 +110,10 @@ class Pages:
 
     def __del__(self) -> None:
         # Locked pages that are freed without this stay known to CUDA under an address that somebody else gets. Half-made objects have none; at exit the driver does it.
+        # The bytes stay: whoever is collected together with these pages may yet give them back to a module.
         if getattr(self, "_unlock", None) is not None and not sys.is_finalizing():
             self._settle()
-            self.close()
+            self.unpin()
 
 
 def available_bytes(root: str = "/") -> int:
@@ -122,6 +130,19 @@ def _system_bytes(root: str) -> int:
         name, _, value = line.partition(":")
         fields[name] = int(value.split()[0]) * 1024
     return fields.get("MemAvailable", fields["MemFree"])  # kernels before 3.14
+
+
+def anonymous_bytes(root: str = "/") -> int:
+    """Memory of this process that no file stands behind: what it could give back by letting go of tensors. 0 where the system does not say."""
+    fields: dict[str, int] = {}
+    try:
+        for line in (Path(root) / "proc/self/status").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name in ("RssAnon", "VmRSS"):
+                fields[name] = int(value.split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        return 0
+    return fields.get("RssAnon", fields.get("VmRSS", 0))  # some sandboxes do not tell the two apart
 
 
 def _group_bytes(root: str) -> Iterator[int]:

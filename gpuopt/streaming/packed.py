@@ -35,7 +35,8 @@ from gpuopt.trust.policy import printable
 
 MANIFEST = "packed.json"
 """Not manifest.json: a folder with that is a bundle."""
-FORMAT = 1
+FORMAT = 2
+"""2: checksums are of words of 64 bits."""
 MAX_MANIFEST_BYTES = 64 * 2**20
 _SLACK_BYTES = 16 * 2**20
 """For the manifest and the file system's own books."""
@@ -60,7 +61,7 @@ class PackedUnit:
     unit: Unit
     file: str
     checksum: int
-    """Sum of the slab as int32, wrapped to int64: fast enough to check while reading."""
+    """Sum of the slab as int64, wrapped: fast enough to check while reading."""
     sha256: str
 
 
@@ -78,8 +79,8 @@ class PackedManifest:
 def checksum(memory: torch.Tensor) -> int:
     """`slabs.checksum` of uint8 CPU memory, in this thread alone: torch would start threads of its own for each thread that reads."""
     raw = memory.numpy()
-    whole = raw.size // 4 * 4
-    return wrapped(int(raw[:whole].view(np.int32).sum(dtype=np.int64)) + int(raw[whole:].sum(dtype=np.int64)))
+    whole = raw.size // 8 * 8
+    return wrapped(int(raw[:whole].view(np.int64).sum(dtype=np.int64)) + int(raw[whole:].sum(dtype=np.int64)))
 
 
 def wrapped(total: int) -> int:

@@ -89,8 +89,17 @@ class Tensors:
             for module, local in held.by:
                 module._parameters[local] = held.tensor
 
-    def settle(self, device: torch.device, fill: Fill | None) -> None:
-        """Everything outside units goes to the device, and gets values where it has none. What shares memory goes on sharing it. Embeddings kept on the host stay."""
+    def lies_in(self, unit: Unit, raw: torch.Tensor) -> bool:
+        """Whether the unit's parameters are views of these bytes of the host, where `point` put them."""
+        start = raw.data_ptr()
+        found = ((self._in_units[place.name].tensor, place) for place in unit.places)
+        return all(tensor.device.type == "cpu" and tensor.data_ptr() == start + place.offset for tensor, place in found if place.num_bytes)
+
+    def settle(self, device: torch.device, fill: Fill | None, *, keep: bool = False) -> None:
+        """Everything outside units goes to the device, and gets values where it has none. What shares memory goes on sharing it. Embeddings kept on the host stay.
+
+        keep: parameters keep their memory on the host meanwhile, and get it back by `unsettle`: nothing is copied from the device, which must not have changed them.
+        """
         self._settle_host(device, fill)
         spared = {id(held) for held in (*self._in_units.values(), *self._on_host.values())}
         going = []
@@ -98,15 +107,19 @@ class Tensors:
             if id(held) in spared:
                 continue
             if held.tensor.is_meta:
-                held.become(_filled(held, fill).to(device))
-                self._unmove.append(functools.partial(_move, held, torch.device("cpu")))
+                real = _filled(held, fill)
+                held.become(real.to(device))
+                self._unmove.append(functools.partial(held.become, real) if keep else functools.partial(_move, held, torch.device("cpu")))
             elif type(held.tensor.data) is not torch.Tensor:  # a subclass knows how to move itself
                 self._unmove.append(functools.partial(_move, held, held.tensor.device))
                 _move(held, device)
             elif held.tensor.device != device:
                 going.append(held)
         for held, there in zip(going, moved((held.tensor for held in going), lambda raw: raw.to(device)), strict=True):
-            self._unmove.append(functools.partial(_move, held, held.tensor.device))
+            if keep and held.is_parameter:
+                self._unmove.append(functools.partial(held.become, held.tensor.detach()))
+            else:
+                self._unmove.append(functools.partial(_move, held, held.tensor.device))
             held.become(there)
 
     def _settle_host(self, device: torch.device, fill: Fill | None) -> None:

@@ -212,7 +212,15 @@ class _Search:
         self.units, self.capacity = units, capacity
         self.simulations = 0
         self.compute_ms = simulate(
-            anatomy.units, [u.name for u in anatomy.units], {}, {}, calibration.compute_ms, 1.0, forwards=1
+            anatomy.units,
+            [u.name for u in anatomy.units],
+            {},
+            {},
+            calibration.compute_ms,
+            1.0,
+            forwards=1,
+            host_ms=calibration.host_ms,
+            host_waits=calibration.host_waits,
         ).compute_ms
 
     def best(self, slot_counts: Sequence[int]) -> Scored:
@@ -305,6 +313,8 @@ def _simulated(
         homes=homes,
         pageable_bytes_per_s=calibration.pageable_bytes_per_s,
         disk_bytes_per_s=calibration.disk_bytes_per_s or DISK_BYTES_PER_S,
+        host_ms=calibration.host_ms,
+        host_waits=calibration.host_waits,
         spans=spans,
     )
 

@@ -81,6 +81,30 @@ class File:
         if (status.st_size, status.st_mtime_ns) != self._stamp:
             raise BadInput(f"{self.name} was changed while it was read", fix="run again once nothing writes to it")
 
+    def heeds_direct(self) -> bool:
+        """Whether O_DIRECT means what it says here: a file system that really goes past the cache refuses one byte in the middle of a block."""
+        if self._direct is None:
+            return False
+        try:
+            os.preadv(self._direct, [bytearray(1)], min(1, max(0, self.num_bytes - 1)))
+        except OSError:
+            return True
+        return False
+
+    def cached_pages(self, samples: int = 8) -> list[bool | None]:
+        """Of pages spread over the file: whether each is in the page cache; None where the system does not say."""
+        found: list[bool | None] = []
+        for index in range(samples):
+            offset = (self.num_bytes - 1) * index // max(1, samples - 1) // PAGE_BYTES * PAGE_BYTES
+            try:
+                os.preadv(self._fd, [bytearray(1)], offset, getattr(os, "RWF_NOWAIT", 0))
+                found.append(True if hasattr(os, "RWF_NOWAIT") else None)
+            except BlockingIOError:
+                found.append(False)
+            except (OSError, NotImplementedError):  # a kernel or a file system without it
+                found.append(None)
+        return found
+
     def drop_cache(self) -> None:
         """Ask the kernel to forget the file's pages; it may decline."""
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -53,7 +53,7 @@ def dtype_of(place: Place) -> torch.dtype:
 
 
 def checksum(raw: torch.Tensor) -> int:
-    """The sum of uint8 bytes read as int32, wrapped to int64; up to three bytes at the end count as they are. Waits for the device the bytes are on.
+    """The sum of uint8 bytes read as int64, wrapped; up to seven bytes at the end count as they are. Waits for the device the bytes are on.
 
     Addition in another order gives the same sum, so a device and the host agree to the bit.
     """
@@ -61,9 +61,12 @@ def checksum(raw: torch.Tensor) -> int:
 
 
 def checksum_tensor(raw: torch.Tensor) -> torch.Tensor:
-    """`checksum`, left on the device as an int64 of no dimension: nothing waits for it."""
-    whole = raw.numel() // 4 * 4
-    total = raw[:whole].view(torch.int32).sum(dtype=torch.int64)
+    """`checksum`, left on the device as an int64 of no dimension: nothing waits for it.
+
+    Words as wide as their sum: a sum of narrower ones makes a wider copy of all of them first (twice the slab), which a device whose memory is spoken for does not have.
+    """
+    whole = raw.numel() // 8 * 8
+    total = raw[:whole].view(torch.int64).sum()
     return total + raw[whole:].sum(dtype=torch.int64) if whole < raw.numel() else total
 
 
@@ -92,7 +95,7 @@ def bits_of(tensor: torch.Tensor) -> int:
     """The sum over a tensor's elements, read as bytes where they have no order of addition (NaN, float8)."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     # A view of odd bytes of a storage cannot be read as words where it lies.
-    return checksum(flat if flat.storage_offset() % 4 == 0 else flat.clone())
+    return checksum(flat if flat.storage_offset() % 8 == 0 else flat.clone())
 
 
 class Held:
@@ -116,9 +119,7 @@ class Held:
         """Nothing was handed out that could be lost."""
 
     def close(self) -> None:
-        """Unlock all."""
-        for home in self._homes.values():
-            home.close()
+        """The slabs are the shelf's."""
 
 
 class Staged:
@@ -155,6 +156,11 @@ class Staged:
         self._engine.record_copy(self._ring[self._next][1])
         self._next = (self._next + 1) % len(self._ring)
 
+    @property
+    def ring_bytes(self) -> int:
+        """Locked, of the ring."""
+        return sum(int(buffer.bytes.numel()) for buffer, _ in self._ring)
+
     def read(self, unit: str) -> torch.Tensor:
         """The slab itself, not the ring's."""
         return self._homes[unit].bytes
@@ -163,10 +169,8 @@ class Staged:
         """The ring goes on where it is: each buffer's event says when it is free."""
 
     def close(self) -> None:
-        """Free the ring and the slabs."""
+        """Free the ring. The slabs are the shelf's."""
         self._free_ring()
-        for home in self._homes.values():
-            home.close()
 
     def _free_ring(self) -> None:
         for buffer, _ in self._ring:

@@ -202,6 +202,14 @@ class Streamer:
         for source in {id(lane.source): lane.source for lane in self.lanes.values()}.values():
             source.abort()
 
+    def forget(self) -> None:
+        """Nothing is queued any more, and slots and units point at each other no longer: a ring of references would keep the slots' memory until the garbage collector comes by."""
+        for lane in self.lanes.values():
+            lane.next = None
+            lane.slot.lanes, lane.slot.seen, lane.slot.owner, lane.slot.reader = [], [], None, None
+        self.lanes.clear()
+        self.slots.clear()
+
     def __del__(self) -> None:
         # A model that is dropped while streamed has copies under way to memory that is about to be another tensor's.
         if not sys.is_finalizing():

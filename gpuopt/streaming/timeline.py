@@ -36,7 +36,7 @@ class Timeline:
     stall_ms: float
     """Of it, compute waits for a copy."""
     compute_ms: float
-    """C: the sum of all computes."""
+    """C: a forward with everything resident. The sum of all computes, or what the host takes to launch them where that is longer."""
     link_ms: float
     """What the copies of a forward take on the link, nothing else counted."""
     disk_ms: float
@@ -68,19 +68,34 @@ def simulate(
     pageable_bytes_per_s: float | None = None,
     disk_bytes_per_s: float | None = None,
     disk_buffers: int = DISK_BUFFERS,
+    host_ms: Mapping[str, float] | None = None,
+    host_waits: bool = False,
     spans: bool = True,
 ) -> Timeline:
-    """The protocol that the streamer runs, on two streams (three with a disk), the host infinitely fast.
+    """The protocol that the streamer runs, on two streams (three with a disk) and the host, which queues one unit after the other.
 
     Before a unit, compute waits until its slot is ready (a unit that is not on its way there is fetched, once its slot is free); after it, the slot
     is free and the next unit of that slot is queued on the copy stream, which takes one after the other. `wrap=False` starts each
     forward's first copies when the forward starts. `forwards=None` looks for the steady state, from slots that are full; a number
     simulates that many from slots that are empty.
     `units` is in the order of a forward, `compute_ms` maps a unit (and `""`, everything outside) to milliseconds, a missing one takes none.
+    `host_ms` likewise is what the host takes to queue each: a unit ends when it is computed and all of it has been queued, and copies begin no sooner than they are queued. The
+    host is ahead by a forward at most. `host_waits`: it begins with a forward's `""` when all of the forward is computed. None: the host is infinitely fast.
     A ring of which `compute_ms` knows no unit, while it knows others, does not run in this workload and is left out.
     """
     ran = _running(units, compute_ms)
-    machine = _Machine(ran, frozenset(resident), binding, compute_ms, link_bytes_per_s, homes or {}, pageable_bytes_per_s, disk_bytes_per_s)
+    machine = _Machine(
+        ran,
+        frozenset(resident),
+        binding,
+        compute_ms,
+        link_bytes_per_s,
+        homes or {},
+        pageable_bytes_per_s,
+        disk_bytes_per_s,
+        host_ms or {},
+        host_waits,
+    )
     state = _State(machine, warm=forwards is None and wrap, disk_buffers=disk_buffers)
     ends = [0.0]
     counts = [(0, 0.0, 0.0, 0)]
@@ -146,11 +161,16 @@ class _Machine:
         homes: Mapping[str, str],
         pageable: float | None,
         disk: float | None,
+        host_ms: Mapping[str, float],
+        host_waits: bool,
     ) -> None:
         self.names = [unit.name for unit in units]
         self.compute = [compute_ms.get(unit.name, 0.0) for unit in units]
         self.outside = compute_ms.get("", 0.0)
-        self.compute_ms = sum(self.compute) + self.outside
+        self.host = [host_ms.get(unit.name, 0.0) for unit in units]
+        self.host_outside, self.host_waits = host_ms.get("", 0.0), host_waits
+        self.host_ms = sum(self.host) + self.host_outside
+        self.compute_ms = self._resident_ms()
         self.num_bytes = [unit.num_bytes for unit in units]
         keys: dict[tuple[str, int], int] = {}
         self.slot = [-1 if unit.name in resident else keys.setdefault((unit.ring, binding[unit.name]), len(keys)) for unit in units]
@@ -172,13 +192,22 @@ class _Machine:
         self.read = [1e3 * size / (disk or 1.0) if is_there else 0.0 for size, is_there in zip(self.num_bytes, on_disk)]
         self.total_ms = max(self.compute_ms, sum(c for c, slot in zip(self.copy, self.slot) if slot >= 0), sum(self.read))
 
+    def _resident_ms(self) -> float:
+        if not self.host_waits:
+            return max(sum(self.compute) + self.outside, self.host_ms)
+        compute = host = 0.0
+        for queued, computed in zip(self.host, self.compute):
+            begin, host = max(compute, host), host + queued
+            compute = max(begin + computed, host)
+        return max(compute + self.outside, host) + self.host_outside
+
 
 class _State:
     """The clocks of the streams, and what each slot holds."""
 
     def __init__(self, machine: _Machine, *, warm: bool, disk_buffers: int) -> None:
         self.machine = machine
-        self.compute = self.copy = self.disk = 0.0
+        self.compute = self.copy = self.disk = self.host = 0.0
         count = len(machine.first)
         self.owner = list(machine.first) if warm else [-1] * count
         self.ready = [0.0] * count
@@ -192,16 +221,16 @@ class _State:
     def key(self, scale: float) -> tuple[int, ...]:
         """All that the next forward depends on, relative to now. What lies before now cannot delay a copy: each waits for an event after it."""
         now = self.compute
-        offsets = [max(0.0, self.copy - now), *(max(0.0, ready - now) for ready in self.ready)]
+        offsets = [max(0.0, self.copy - now), *(max(0.0, ready - now) for ready in self.ready), max(self.host - now, -self.machine.host_ms)]
         if self.disk_ms:
             turned = self.buffers[self.buffer :] + self.buffers[: self.buffer]
             offsets += [self.disk - now, *(end - now for end in turned)]
         return (*self.owner, *(round(offset * scale) for offset in offsets))
 
     def fetch(self, unit: int, slot: int, after: float) -> None:
-        """One copy, when the copy stream gets to it and what it waits for has happened."""
+        """One copy, when the copy stream gets to it, what it waits for has happened, and the host has queued it."""
         machine = self.machine
-        start = max(self.copy, after)
+        start = max(self.copy, after, self.host)
         read = machine.read[unit]
         if read:
             begin = max(self.disk, self.buffers[self.buffer])
@@ -225,6 +254,8 @@ class _State:
         """All units once, in their order."""
         machine = self.machine
         now = self.compute
+        # No further ahead than a forward: what is queued has an end (1,024 launches), and further gains nothing.
+        self.host = max(self.host, now - machine.host_ms)
         for slot, first in enumerate(machine.first):  # in the order of a forward, since slots are numbered as they are met
             if self.owner[slot] < 0 or (not wrap and self.owner[slot] != first):
                 self.fetch(first, slot, now)
@@ -234,7 +265,9 @@ class _State:
                     self.demand += 1
                     self.fetch(unit, slot, self.free[slot])
                 now = max(now, self.ready[slot])
-            end = now + machine.compute[unit]
+            now = max(now, self.host)
+            self.host += machine.host[unit]
+            end = max(now + machine.compute[unit], self.host)
             if self.log is not None:
                 self.log.append(("compute", machine.names[unit], now, end))
             now = end
@@ -246,3 +279,7 @@ class _State:
         if self.log is not None and machine.outside:
             self.log.append(("compute", "", now, now + machine.outside))
         self.compute = now + machine.outside
+        if machine.host_waits:
+            self.host = max(self.host, self.compute)
+        self.host += machine.host_outside
+        self.compute = max(self.compute, self.host)

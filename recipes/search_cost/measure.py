@@ -28,7 +28,7 @@ from gpuopt.core.progress import Silent
 from gpuopt.core.result import Status
 from gpuopt.core.search import SearchSpec
 from gpuopt.core.spec import BenchSpec, Candidate, Job
-from gpuopt.pipeline import explaining, facts, machine, seats, trying, tune
+from gpuopt.pipeline import explaining, facts, forking, isolate, machine, seats, trying, tune
 from gpuopt.pipeline.ahead import jobs_of_search, share_of_cores
 from gpuopt.pipeline.crew import Crew, gathered
 from gpuopt.pipeline.questions import Explained, Screen
@@ -108,7 +108,7 @@ def measured(
     with tempfile.TemporaryDirectory(prefix="search-cost-") as caches:
         crew = Timekeeping(job=job, machine=here, base=base, progress=_Warnings(say))
         crew.caches = Path(caches)
-        with gathered(crew):
+        with forking.kept({**os.environ, **isolate.child_environment()}, forking.expected_of([job])), gathered(crew):
             say(f"{name}: {here.device.name}, {crew.jobs} at once ({time.monotonic() - began:.0f} s)")
             if before is None:
                 row = _row(crew, base, ())

@@ -106,6 +106,8 @@ def test_pack_then_run_from_the_disk(model: list[str], tmp_path: Path, capsys: p
         (["plan", "--budget", "50%", "--device", "cpu"], "simulated"),
         (["run", "--budget", "50%", "--budget", "60%"], "one budget"),
         (["plan", "--budget", "50%", "--batch", "1,2"], "one batch"),
+        (["bench", "--budget", "50%", "--rival", "airllm"], "accelerate-pinned"),
+        (["bench", "--budget", "50%", "--rival", "none", "--rival", "mmgp"], "no rival"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(

@@ -316,6 +316,15 @@ def test_memory_is_our_own_where_the_driver_knows_us_and_everybodys_else(fake_cu
     assert info.memory_used("cuda:0") == 2**20
 
 
+def test_what_the_driver_keeps_for_itself_is_held_by_nobody(fake_cuda, fake_nvml):
+    total = torch.cuda.get_device_properties("cuda:0").total_memory
+    fake_nvml.answers["nvmlDeviceGetMemoryInfo"] = lambda handle: SimpleNamespace(
+        total=total + 2**29, used=2**29 + 2**20, free=total - 2**20
+    )
+    assert info.memory_held("cuda:0") == 2**20
+    assert info.memory_held("cpu") is None
+
+
 def test_a_cpu_and_the_null_device_count_nothing():
     for device in ("cpu", "null"):
         assert info.energy_counter(device)() is None and info.throttle_counters(device) == {}

@@ -13,7 +13,7 @@ import gpuopt.models
 from gpuopt.core.errors import Unavailable
 from gpuopt.core.spec import TensorSpec
 
-TINY = ("resnet101_tiny", "bert_large_tiny", "t5_large_tiny", "llama_8b_tiny")
+TINY = ("resnet101_tiny", "bert_large_tiny", "t5_large_tiny", "llama_8b_tiny", "t5_11b_tiny", "llama_70b_half_tiny")
 DIMS = {"N": 2, "S": 7, "T": 5}
 
 
@@ -102,17 +102,17 @@ def test_transformers_of_the_known_size(name, count):
     assert sum(p.numel() for p in model.parameters()) == count
 
 
-def test_the_8b_llama_has_the_known_size_and_allocates_nothing_to_say_so(monkeypatch):
-    from gpuopt.models import llama
-
-    def on_meta(config):
-        with torch.device("meta"):
-            return llama.LlamaForCausalLM(config).to(torch.bfloat16)
-
-    monkeypatch.setattr(llama, "_build", on_meta)
-    model = llama.llama_8b()
-    assert sum(p.numel() for p in model.parameters()) == 8_030_261_248
-    assert sum(p.numel() * p.element_size() for p in model.parameters()) == pytest.approx(16.06e9, rel=1e-3)
+@pytest.mark.parametrize(
+    ("name", "count", "gigabytes"),
+    [("llama_8b", 8_030_261_248, 16.06), ("llama_70b_half", 36_327_530_496, 72.66), ("t5_11b", 11_307_321_344, 22.61)],
+)
+def test_the_largest_have_the_known_sizes_and_take_no_memory_to_say_so(name, count, gigabytes):
+    laid = getattr(gpuopt.models, name).laid()
+    model = laid.module
+    assert all(p.is_meta for p in model.parameters())
+    assert not any(b.is_meta for b in model.buffers())
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert laid.num_bytes == sum(p.numel() * p.element_size() for p in model.parameters()) == pytest.approx(gigabytes * 1e9, rel=1e-3)
     assert not hasattr(model.config, "quantization_config")
 
 

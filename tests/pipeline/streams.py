@@ -57,6 +57,7 @@ class Inline:
     """Stands in for `isolate.Child`: a session of this process, asked in the same frames."""
 
     asked: list[str] = []
+    alive = True
 
     def __init__(self, module: str, **_: Any) -> None:
         assert module == "gpuopt.pipeline.stream_child"
@@ -73,6 +74,10 @@ class Inline:
             failure = codec.from_plain(Failure, codec.dump(worker.describe(error, verb)))
             raise isolate._failed(failure) from error
         return codec.from_plain(result, codec.dump(found))
+
+    def kill(self) -> None:
+        """The session is this process's: it is closed instead."""
+        self.alive = False
 
     def __enter__(self) -> Inline:
         return self

@@ -133,7 +133,7 @@ def test_a_build_that_raises_leaves_no_child(yard: Yard) -> None:
 def test_a_cpu_builds_one_at_a_time_and_a_gpu_as_many_as_the_host_has_cores_for(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, cpu = (Device(id=kind, name="", kind=kind) for kind in ("cuda", "cpu"))
     for number, jobs in ((2, 1), (8, 2), (16, 4), (64, 4)):
-        monkeypatch.setattr(ahead.os, "sched_getaffinity", lambda pid, n=number: set(range(n)), raising=False)
+        monkeypatch.setattr(ahead.cpu, "num_cores", lambda n=number: n)
         assert ahead.jobs_of_search(BenchSpec(), gpu) == jobs
     assert ahead.jobs_of_search(BenchSpec(), cpu) == 1 and ahead.jobs_of_search(BenchSpec(build_jobs=3), cpu) == 3
 

@@ -181,6 +181,12 @@ def test_closing_leaves_no_descriptor_and_no_process() -> None:
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
+def test_a_variable_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPUOPT_FORK", "0")
+    with forking.kept(dict(os.environ)) as own:
+        assert own is None and forking.current() is None
+
+
 def test_cold_start_counts_what_a_new_process_would_import() -> None:
     with forking.kept({**os.environ, **isolate.child_environment()}) as own:
         assert own is not None

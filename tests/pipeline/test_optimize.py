@@ -110,6 +110,21 @@ def test_what_runs_in_another_precision_than_it_says_is_called_what_it_runs_in(
     assert honest.precision == "fp32"
 
 
+def test_where_precisions_are_named_the_models_own_is_held_to_its_name_too(local: Any, tools: Any, models: Models) -> None:
+    """A candidate of the model's own precision is not cast, so it names none: what was asked of the search is asked of it all the same."""
+    job = asked(
+        tools, models("net"), "null:sleep_ms=1,fail=dtype_lie", "null:sleep_ms=2", base="null:sleep_ms=8", search={"precisions": ("fp32",)}
+    )
+    report = optimize(job)
+    assert report.search is not None and report.search.choice is not None
+    trials = {t.label.partition("null ")[2]: t for t in report.search.trials}
+    liar = next(t for label, t in trials.items() if "dtype_lie" in label)
+    assert liar.outcome == "unsupported" and "precision not honoured" in liar.reason
+    assert "sleep_ms=2" in next(t.label for t in report.search.trials if t.outcome == "chosen"), (
+        "an honest one, slower than the liar, is the answer"
+    )
+
+
 def test_where_nothing_is_faster_the_bundle_is_the_input(local: Any, tools: Any, models: Models, tmp_path: Path) -> None:
     report = optimize(asked(tools, models("net"), "null:sleep_ms=9", base="null:sleep_ms=3", output=str(tmp_path / "same")))
     assert report.search is not None and report.search.choice is not None and report.search.choice.keeps_input

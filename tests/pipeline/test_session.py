@@ -268,8 +268,8 @@ def test_a_dropped_bias_hidden_by_bf16_shows_in_the_structure_stage(
 ) -> None:
     real = converters.apply
 
-    def wrong(model: Any, precision: Any, transforms: Any, inputs: Any = None) -> Any:
-        changed = real(model, precision, transforms, inputs)
+    def wrong(model: Any, precision: Any, transforms: Any, inputs: Any = None, **kwargs: Any) -> Any:
+        changed = real(model, precision, transforms, inputs, **kwargs)
         if transforms.channels_last:  # the candidate alone; references and twins change nothing
             with torch.no_grad():
                 changed.module.conv.bias.zero_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,33 +25,33 @@ LARGE = streams.FACTORY.replace("Stack().eval()", "Stack(depth=24, width=2048).h
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> StreamSession:
+def session(tmp_path: Path) -> Iterator[StreamSession]:
     path = tmp_path / "stack.py"
     path.write_text(LARGE, encoding="utf-8")
     sizes = {"N": 1, "S": 4}
-    found = StreamSession()
-    found.load(
-        Candidate(
-            model=ModelRef(text=f"{path}:build", trust=(str(path),)),
-            inputs=InputSpec(dims=tuple(DimSpec(name=k, values=(v,)) for k, v in sizes.items())),
-            dims=sizes,
-            device="cuda",
-        ),
-        StreamRequest(action="run"),
-    )
-    return found
+    with StreamSession() as found:
+        found.load(
+            Candidate(
+                model=ModelRef(text=f"{path}:build", trust=(str(path),)),
+                inputs=InputSpec(dims=tuple(DimSpec(name=k, values=(v,)) for k, v in sizes.items())),
+                dims=sizes,
+                device="cuda",
+            ),
+            StreamRequest(action="run"),
+        )
+        yield found
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_a_streamed_model_is_the_model_bit_for_bit(session: StreamSession, share: float) -> None:
     found = session.verify(StreamSpec(budget_share=share), forwards=40)
     assert {check.name: check.passed for check in found.checks} == dict.fromkeys(("checksums", "outputs", "races", "order"), True)
-    session.close()
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_a_forward_takes_what_the_plan_says_and_is_near_the_bound(session: StreamSession, share: float) -> None:
     ready = session.bind(StreamSpec(budget_share=share))
+    torch.cuda.reset_peak_memory_stats()  # of laying out, and of calibrating with everything resident
     session.warm()
     assert ready.plan is not None and ready.pinned_bytes >= ready.plan.streamed_bytes
     ordered = sorted(session.block(30).samples_ns)
@@ -61,14 +62,15 @@ def test_a_forward_takes_what_the_plan_says_and_is_near_the_bound(session: Strea
     peak = torch.cuda.max_memory_allocated()
     ledger = ready.plan.ledger
     assert peak <= ledger.total - ledger.context
-    session.close()
 
 
 def test_everything_that_fits_costs_next_to_nothing(session: StreamSession) -> None:
-    session.resident(StreamSpec(budget_share=1.0))
-    session.warm()
-    whole = sorted(session.block(50).samples_ns)[25]
-    session.bind(StreamSpec(budget_share=1.0))
-    session.warm()
-    assert sorted(session.block(50).samples_ns)[25] <= 1.05 * whole
-    session.close()
+    whole, fitting = [], []
+    for _ in range(3):  # in turns: the launching host is shared
+        session.resident(StreamSpec(budget_share=1.0))
+        session.warm()
+        whole.append(sorted(session.block(50).samples_ns)[25])
+        session.bind(StreamSpec(budget_share=1.0))
+        session.warm()
+        fitting.append(sorted(session.block(50).samples_ns)[25])
+    assert min(fitting) <= 1.03 * min(whole), (whole, fitting)

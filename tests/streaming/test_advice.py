@@ -107,3 +107,13 @@ def test_a_workload_names_its_tokens(workload, tokens):
 def test_figures_are_said_in_units_that_read_back():
     _, said = advice()
     assert units.parse_bytes(re.search(r"bound by the link: ([\d.]+ GiB)", said)[1]) > 0
+
+
+def test_where_queueing_takes_longer_than_computing_the_host_is_named():
+    anatomy = blocks()
+    host = {unit.name: 0.5 for unit in anatomy.units}
+    fast = {"host_ms": host, "link_bytes_per_s": 1e12}
+    found, said = advice(anatomy, share=0.85, compute_ms=0.15, **fast)
+    assert found.compute_ms == pytest.approx(16.0) and "C is the host's: to queue a forward takes 16" in said
+    assert "the host's" not in advice(anatomy, share=0.85, compute_ms=0.5, **fast)[1]
+    assert "the host's" not in advice(anatomy, share=0.85, compute_ms=0.15, host_ms=host)[1], "hidden behind the link"

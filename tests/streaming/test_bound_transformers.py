@@ -135,3 +135,30 @@ def test_llama_compiled_block_by_block_is_the_same(planned):
         for _ in range(2):
             assert torch.equal(model(prompt, use_cache=False).logits, want)
         assert bound.engine.races == []
+
+
+def test_a_cache_that_grows_compiles_each_block_three_times_at_most_and_never_copies_a_weight(planned):
+    """A prompt, a token, and a token at any length: weights are arguments, so a slot's next block needs no code of its own."""
+    model = tiny_llama()
+    model.model.layers = model.model.layers[:3]
+    prompt = torch.randint(1, 64, (1, 7))
+    options = {"do_sample": False, "pad_token_id": 0}
+    want = model.generate(prompt, min_new_tokens=12, max_new_tokens=12, **options)
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        assert not list(graph.parameters()) and not any(t.numel() > 64 for t in graph.buffers()), (
+            "a weight in the graph is one that is never copied to again"
+        )
+        graphs.append(sum(1 for one in inputs if isinstance(one, torch.nn.Parameter)))
+        return graph.forward
+
+    plan = planned(model, resident=("model.layers.1",))
+    with bind(model, plan, SimulatedEngine(1e9), poison=True) as bound:
+        bound.compile(backend=backend)
+        assert torch.equal(model.generate(prompt, min_new_tokens=12, max_new_tokens=12, **options), want)
+        assert len(graphs) <= 3 * len(plan.anatomy.units) and min(graphs) > 0
+        graphs.clear()
+        model.generate(prompt, min_new_tokens=20, max_new_tokens=20, **options)
+        assert not graphs

@@ -118,7 +118,7 @@ def rewritten(folder: Path, **changes: Any) -> None:
         ({"text_config": {"attn_implementation": ["x"]}}, Untrusted, "attention kernel"),
         ({"use_kernels": True}, Untrusted, "kernels from a hub"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, Unsupported, "quantised"),
-        ({"architectures": ["NoSuchModel"], "model_type": "nothing"}, BadInput, "cannot build"),
+        ({"architectures": ["NoSuchModel"], "model_type": "nothing"}, BadInput, "cannot load"),
         ({"num_hidden_layers": 3}, BadInput, "lacks model.layers.2"),
         ({"hidden_size": 64}, BadInput, r"in the file, .* in the model"),
         ({"dtype": "float16"}, BadInput, "float32 in the file, float16 in the model"),

@@ -166,3 +166,15 @@ def test_near_nothing_known_changes_nothing(tmp_path):
     for address in (None, "0000:1a:00.0"):
         with near(address, str(tmp_path)) as node:
             assert node is None and os.sched_getaffinity(0) == before
+
+
+def test_what_a_process_could_give_back_is_told_apart_from_what_files_stand_behind(tmp_path):
+    status = tmp_path / "proc/self/status"
+    status.parent.mkdir(parents=True)
+    status.write_text("Name:\tpython\nVmRSS:\t 3000 kB\nRssAnon:\t 2000 kB\nRssFile:\t 1000 kB\n")
+    assert hostpages.anonymous_bytes(str(tmp_path)) == 2000 * 1024
+    status.write_text("VmRSS:\t 3000 kB\n")
+    assert hostpages.anonymous_bytes(str(tmp_path)) == 3000 * 1024
+    status.unlink()
+    assert hostpages.anonymous_bytes(str(tmp_path)) == 0
+    assert hostpages.anonymous_bytes() > 2**20

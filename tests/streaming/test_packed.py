@@ -132,7 +132,7 @@ def edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
         (lambda folder: (folder / "unit-00002.bin").unlink(), "unit-00002.bin cannot be opened"),
         (lambda folder: (folder / packed.MANIFEST).write_bytes(b"{"), "packed.json"),
         (lambda folder: (folder / packed.MANIFEST).write_bytes(b"[" * 100_000), "packed.json"),
-        (edit(lambda m: m.update(format=2)), "has format 2"),
+        (edit(lambda m: m.update(format=1)), "has format 1"),
         (edit(lambda m: m.update(surprise=1)), "surprise"),
         (edit(lambda m: m["units"][0].update(file="../x")), "names the file"),
         (edit(lambda m: m["units"][0].update(file="unit-00001.bin")), "names the file"),

@@ -5,12 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from gpuopt.core.errors import BadInput
 from gpuopt.core.streaming import Place, Unit
 from gpuopt.streaming.anatomy import dissect
 from gpuopt.streaming.hostpages import Pages
-from gpuopt.streaming.slabs import Slab, bits_of, checksum, fill_from_module, moved
+from gpuopt.streaming.slabs import Slab, bits_of, checksum, checksum_tensor, fill_from_module, moved
 
 DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "int64", "bool", "complex64", "float64"]
 
@@ -70,10 +71,19 @@ def test_a_plan_whose_bytes_and_dtype_do_not_go_together_is_refused(dtype, said)
 
 
 @given(st.binary(min_size=1, max_size=64))
-def test_the_checksum_is_the_sum_of_signed_words_and_the_bytes_left_over(raw):
-    whole = len(raw) // 4 * 4
-    expected = sum(int.from_bytes(raw[i : i + 4], "little", signed=True) for i in range(0, whole, 4)) + sum(raw[whole:])
-    assert checksum(torch.frombuffer(bytearray(raw), dtype=torch.uint8)) == expected
+def test_the_checksum_is_the_wrapped_sum_of_signed_words_and_the_bytes_left_over(raw):
+    whole = len(raw) // 8 * 8
+    expected = sum(int.from_bytes(raw[i : i + 8], "little", signed=True) for i in range(0, whole, 8)) + sum(raw[whole:])
+    assert checksum(torch.frombuffer(bytearray(raw), dtype=torch.uint8)) == (expected + 2**63) % 2**64 - 2**63
+
+
+def test_a_checksum_takes_next_to_no_memory_of_the_device_the_slab_is_on():
+    """Within a budget there is no room for a second slab: what `sum(dtype=int64)` of narrower words would allocate."""
+    slab = torch.ones(8 * 2**20 + 5, dtype=torch.uint8)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        checksum_tensor(slab)
+    taken = sum(max(0, event.self_device_memory_usage, event.self_cpu_memory_usage) for event in seen.key_averages())
+    assert taken < 2**10
 
 
 @given(st.binary(min_size=8, max_size=64), st.integers(0, 63), st.integers(0, 7))

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from gpuopt.core.result import Report
-from gpuopt.core.streamed import StreamReport, StreamRow, StreamSpan
+from gpuopt.core.streamed import StreamArm, StreamReport, StreamRow, StreamSpan
 from gpuopt.core.streaming import Plan, Streamed
 from gpuopt.reports import figures as f
+from gpuopt.reports import frontier
 from gpuopt.reports.content.blocks import Bar, Bars, Block, Cell, Column, Facts, Message, Messages, Table
 from gpuopt.reports.figures import clean
 
 PICTURE_COLUMNS = 72
+CHART_COLUMNS = 48
 CLOSE_PCT = 95.0
 """Of the bound: what streaming well reaches."""
 TRUE_PCT = 10.0
@@ -82,6 +84,10 @@ def build(report: Report) -> list[Block]:
         blocks.append(_checks(told))
     if len(rows) > 1 or any(row.measured for row in rows):
         blocks.append(_frontier(told, rows))
+    if told.action == "bench" and (drawn := _chart(report)) is not None:
+        blocks.append(drawn)
+    if any(arm.rival for arm in told.arms):
+        blocks.append(_rivals(told))
     for row in rows:
         plan = row.planned
         if plan is not None and told.action != "verify":
@@ -133,9 +139,9 @@ def _facts(told: StreamReport, rows: Sequence[StreamRow]) -> Facts:
 
 def _frontier(told: StreamReport, rows: Sequence[StreamRow]) -> Table:
     columns = (
-        Column("arm"),
+        Column("run"),
         Column("budget"),
-        Column("on the device", right=True),
+        Column("weights there", right=True),
         Column("streamed", right=True),
         Column("bound", right=True),
         Column("predicted", right=True),
@@ -150,9 +156,10 @@ def _frontier(told: StreamReport, rows: Sequence[StreamRow]) -> Table:
     cells: list[tuple[Cell, ...]] = []
     dash = Cell(f.MISSING, "dim")
     for arm in told.arms:
-        if arm.row is None:
-            cells.append(_arm(arm.name, "none", arm.median_ms, arm.p10_ms, arm.p90_ms, arm.peak_device_bytes, arm.reason))
-    for number, row in enumerate(told.rows):
+        if arm.rival is None:
+            weights = next((row.planned.anatomy.weight_bytes for row in rows if row.planned is not None), None)
+            cells.append(_resident(arm, weights))
+    for row in told.rows:
         plan, seen = row.planned, row.measured
         if plan is None:
             continue
@@ -174,32 +181,113 @@ def _frontier(told: StreamReport, rows: Sequence[StreamRow]) -> Table:
                 dash if seen is None or seen.exact is None else Cell("yes", "good") if seen.exact else Cell("no", "bad"),
             )
         )  # fmt: skip
-        for arm in told.arms:
-            if arm.row == number:
-                cells.append(_arm(arm.name, _short(plan), arm.median_ms, arm.p10_ms, arm.p90_ms, arm.peak_device_bytes, arm.reason))
     notes = [
-        "bound: max(compute, streamed bytes / link). link: streamed bytes over the median. stalled: of a forward, the device waits for copies"
+        "bound: max(compute, streamed bytes / link), which nothing beats. weights there: bytes of them on the device at once; streamed: copied there in each forward. "
+        "link: streamed bytes over the median. stalled: the device waits for copies. same bits: outputs equal to everything resident"
     ]
     if any(row.measured and row.measured.simulated for row in rows):
         notes.append("simulated: the protocol ran on real bytes, its times are arithmetic on the rates above")
-    notes += [f"{clean(arm.name)}: {clean(arm.reason, 300)}" for arm in told.arms if arm.reason and arm.median_ms is None]
+    notes += [
+        f"{clean(arm.name)}: {clean(arm.reason, 300)}" for arm in told.arms if arm.rival is None and arm.reason and arm.median_ms is None
+    ]
     notes += [
         f"{_short(row.planned)}: {row.measured.demand_fetches} units fetched on demand"
         for row in rows
         if row.planned and row.measured and row.measured.demand_fetches
     ]
-    return Table(title="Frontier" if len(rows) > 1 else "A forward", columns=columns, rows=tuple(cells), notes=tuple(dict.fromkeys(notes)))
+    title = "Frontier" if len(rows) > 1 or told.action == "bench" else "A forward"
+    return Table(title=title, columns=columns, rows=tuple(cells), notes=tuple(dict.fromkeys(notes)))
 
 
-def _arm(
-    name: str, budget: str, middle: float | None, low: float | None, high: float | None, peak: int | None, reason: str
-) -> tuple[Cell, ...]:
+def _resident(arm: StreamArm, weight_bytes: int | None) -> tuple[Cell, ...]:
     dash = Cell(f.MISSING, "dim")
-    spread = Cell(f"{f.ms(low)}..{f.ms(high)}") if low is not None else dash
-    measured = Cell(f.ms(middle)) if middle is not None else Cell("not run", "dim")
+    measured = Cell(f.ms(arm.median_ms)) if arm.median_ms is not None else Cell("not run", "dim")
+    peak = Cell(f.memory(arm.peak_device_bytes)) if arm.peak_device_bytes else dash
     return (
-        Cell(clean(name)), Cell(budget), dash, dash, dash, dash, measured, spread, dash, dash, dash, Cell(f.memory(peak)) if peak else dash, dash,
+        Cell(clean(arm.name)), Cell("none"), Cell(f.memory(weight_bytes)), Cell("0 B"), dash, dash, measured, _spread(arm), dash, dash, dash, peak, dash,
     )  # fmt: skip
+
+
+def _spread(arm: StreamArm) -> Cell:
+    if arm.p10_ms is None or arm.p90_ms is None:
+        return Cell(f.MISSING, "dim")
+    return Cell(f"{f.ms(arm.p10_ms)}..{f.ms(arm.p90_ms)}")
+
+
+def _rivals(told: StreamReport) -> Table:
+    """Other libraries, each beside the budget it was given."""
+    columns = (
+        Column("library"),
+        Column("budget"),
+        Column("measured", right=True),
+        Column("p10..p90", right=True, spare=3),
+        Column("forwards", right=True, spare=2),
+        Column("streamed, same turns", right=True),
+        Column("streamed is", right=True),
+        Column("peak", right=True, spare=1),
+        Column("setting up", right=True, spare=4),
+        Column("same bits"),
+    )
+    dash = Cell(f.MISSING, "dim")
+    cells = []
+    for arm in (arm for arm in told.arms if arm.rival is not None):
+        plan = told.rows[arm.row].planned if arm.row is not None else None
+        speedup = arm.speedup
+        cells.append(
+            (
+                Cell(clean(arm.name)),
+                Cell(_short(plan) if plan is not None and arm.budgeted else "takes none"),
+                Cell(f.ms(arm.median_ms)) if arm.median_ms is not None else Cell("not run", "dim"),
+                _spread(arm),
+                Cell(str(arm.num_calls)) if arm.num_calls else dash,
+                Cell(f.ms(arm.streamed_ms)) if arm.streamed_ms is not None else dash,
+                _faster(speedup) if speedup is not None else dash,
+                Cell(f.memory(arm.peak_device_bytes)) if arm.peak_device_bytes else dash,
+                Cell(f.seconds(arm.setup_s)) if arm.setup_s is not None else dash,
+                dash if arm.exact is None else Cell("yes", "good") if arm.exact else Cell("no", "bad"),
+            )
+        )
+    notes = [
+        "each has as many bytes of weights on the device as the plan of that budget; its blocks of calls are timed in turns with the streamed model's"
+    ]
+    notes += [f"{clean(arm.name)}: {clean(arm.setting, 200)}" for arm in told.arms if arm.rival and arm.setting]
+    notes += [f"{clean(arm.name)}: {clean(arm.reason, 300)}" for arm in told.arms if arm.rival and arm.reason and arm.median_ms is None]
+    return Table(title="Beside other libraries", columns=columns, rows=tuple(cells), notes=tuple(dict.fromkeys(notes)))
+
+
+def _faster(speedup: float) -> Cell:
+    return Cell(f"{f.digits(speedup)}× faster", "good") if speedup >= 1 else Cell(f"{f.digits(1 / speedup)}× slower", "bad")
+
+
+def _chart(report: Report) -> Table | None:
+    """The frontier as bars, for where nothing can be drawn; None where there is nothing to compare."""
+    found = frontier.picture([report])
+    if found is None:
+        return None
+    marks = sorted((mark for mark in found.marks if mark.series != frontier.BOUND), key=lambda mark: (mark.num_bytes, -mark.ms))
+    bounds = {mark.num_bytes: mark.ms for mark in found.marks if mark.series == frontier.BOUND}
+    longest = max(mark.ms for mark in marks)
+    rows = []
+    for mark in marks:
+        width = max(1, round(CHART_COLUMNS * mark.ms / longest))
+        ours = mark.series == frontier.STREAMED
+        least = min(width, round(CHART_COLUMNS * bounds[mark.num_bytes] / longest)) if ours and mark.num_bytes in bounds else 0
+        name = f"{mark.series} {mark.label}" if mark.label != "all" else mark.series
+        rows.append(
+            (
+                Cell(f.memory(mark.num_bytes)),
+                Cell(name, "strong" if ours else ""),
+                Cell("█" * least + "▒" * (width - least)),
+                Cell(f.ms(mark.ms)),
+            )
+        )
+    axis = "device, at its peak" if found.of_peaks else "weights there"
+    return Table(
+        title=f"Frontier, drawn: {found.per}",
+        columns=(Column(axis, right=True), Column("run"), Column("time"), Column("", right=True)),
+        rows=tuple(rows),
+        notes=("█ the bound, ▒ what is above it, or of a run that has none",),
+    )
 
 
 def _of_bound(seen: Streamed) -> Cell:

@@ -41,6 +41,8 @@ class Engine(Protocol):
     name: str
     device: torch.device
     simulated: bool
+    listens: bool
+    """To be told of forwards (`segment`) also where nothing is streamed: it keeps time."""
     pinned_bytes: int
     """Locked now."""
 
@@ -49,6 +51,9 @@ class Engine(Protocol):
 
     def home(self, num_bytes: int, pin: bool) -> HostBuffer:
         """Near the device. With `pin`, locked where the system allows it: look at `.pinned`. Raises OutOfMemory."""
+
+    def lock(self, home: HostBuffer) -> bool:
+        """Lock a home of this kind of engine; whether it is locked now. Harmless twice."""
 
     def event(self) -> Any:
         """Reusable. A wait for one that was never recorded waits for nothing."""

@@ -22,6 +22,7 @@ class CudaEngine:
 
     name = "cuda"
     simulated = False
+    listens = False
 
     def __init__(self, device: str | torch.device = "cuda", *, sleeps: int | None = None, cuda: Any = torch.cuda) -> None:
         """Raises Unavailable without a GPU.
@@ -40,6 +41,8 @@ class CudaEngine:
         self._sleeps = random.Random(sleeps) if sleeps is not None else None
         self.pinned_bytes = 0
         """Locked now."""
+        self._locked: set[int] = set()
+        """Addresses of homes that this engine locked: to ask the driver takes longer than all the rest of a copy's checks."""
         self.refusals: list[int] = []
         """CUDA's error number, each time it would not lock."""
         properties = cuda.get_device_properties(self.device)
@@ -68,17 +71,32 @@ class CudaEngine:
         """In the memory next to the GPU. Where locking is refused, the pages are as good as any and `.pinned` is false. Raises OutOfMemory."""
         pages = Pages(num_bytes)
         if pin:
-            # Locking touches the pages, from this thread; and it makes a context on the current device, which another one would keep for nothing.
-            with near(self._address), self._cuda.device(self.device):
-                code = pages.pin(self._cuda.cudart(), self._discard_error, lambda: self._count(-num_bytes), self.drain)
-            if code:
-                self.refusals.append(code)
-            else:
-                self._count(num_bytes)
+            self.lock(pages)
+        else:
+            with near(self._address) as node:
+                if node is not None:  # whoever touches a page first says where it lies
+                    pages.touch()
         return pages
 
-    def _count(self, num_bytes: int) -> None:
-        self.pinned_bytes += num_bytes
+    def lock(self, home: Any) -> bool:
+        """`cudaHostRegister` of exactly these pages."""
+        if home.pinned:
+            return True
+        address, size = home.bytes.data_ptr(), home.num_bytes
+
+        def unlocked() -> None:
+            self.pinned_bytes -= size
+            self._locked.discard(address)
+
+        # Locking touches the pages, from this thread; and it makes a context on the current device, which another one would keep for nothing.
+        with near(self._address), self._cuda.device(self.device):
+            code = home.pin(self._cuda.cudart(), self._discard_error, unlocked, self.drain)
+        if code:
+            self.refusals.append(code)
+            return False
+        self.pinned_bytes += size
+        self._locked.add(address)
+        return True
 
     def _discard_error(self) -> None:
         """CUDA keeps the error of a refused lock and hands it to the next launch that looks: this one looks. An error that is not cleared by that is a broken device."""
@@ -119,7 +137,7 @@ class CudaEngine:
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, *, home: str = "pinned") -> None:
         """One copy by the copy engine. Raises RuntimeError for a source that is not locked: the driver would copy it piece by piece while the host waits, out of order with events."""
-        if not source.is_pinned():
+        if source.data_ptr() not in self._locked and not source.is_pinned():
             raise RuntimeError("a weight's source is not locked memory: its copy would block the host")
         self._doze(self._stream)
         with self._cuda.stream(self._stream):

@@ -6,18 +6,20 @@ What is computed is computed at once, as the host gets there. A copy may be done
 - copying without waiting for the reader would overwrite weights in use. The reader is through already here, so the engine keeps book of what is ordered after what (a clock per
   queue, carried by events: Lamport, Fidge, Mattern) and tears such a copy: the slot gets NaN bytes.
 
-Both are also written down in `races`. The time is that of two queues (and a disk) that do one thing after another and wait for events; the host takes none.
+Both are also written down in `races`. The time is that of two queues (and a disk) that do one thing after another and wait for events, and of a host that needs its time to queue
+each unit, as `timeline` has it.
 """
 
 from __future__ import annotations
 
 import random
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -68,6 +70,7 @@ class SimulatedEngine:
 
     name = "simulated"
     simulated = True
+    listens = True
     device = torch.device("cpu")
 
     def __init__(
@@ -81,6 +84,8 @@ class SimulatedEngine:
         disk_bytes_per_s: float | None = None,
         disk_buffers: int = DISK_BUFFERS,
         max_pinned_bytes: int | None = None,
+        host_ms: Mapping[str, float] | None = None,
+        host_waits: bool = False,
     ) -> None:
         """Raises UsageError for rates that are not positive.
 
@@ -89,6 +94,7 @@ class SimulatedEngine:
         compute_ms: unit -> its forward; `""` is everything outside units. Units that are not named take no time.
         pageable_bytes_per_s, disk_bytes_per_s: of copies whose home is that; the link's where not given.
         disk_buffers: units read ahead.
+        host_ms, host_waits: as `Calibration` has them; None: the host takes no time.
         max_pinned_bytes: locking more is refused, as a system with a limit does.
         """
         for name, rate in (("link", link_bytes_per_s), ("pageable", pageable_bytes_per_s), ("disk", disk_bytes_per_s)):
@@ -101,6 +107,8 @@ class SimulatedEngine:
         self._ms_per_byte["disk"] = self._ms_per_byte["pinned"]
         self._disk_ms_per_byte = 1e3 / disk_bytes_per_s if disk_bytes_per_s else 0.0
         self._compute_ms = dict(compute_ms or {})
+        self._host_ms, self._host_waits = dict(host_ms or {}), host_waits
+        self._host_now = 0.0
         self._schedule = schedule
         self._random = random.Random(seed)
         self._lock = threading.RLock()
@@ -148,10 +156,23 @@ class SimulatedEngine:
     def home(self, num_bytes: int, pin: bool) -> Pages:
         """Host memory; it counts as locked unless `max_pinned_bytes` is reached."""
         pages = Pages(num_bytes)
-        if pin and (self._max_pinned_bytes is None or self.pinned_bytes + num_bytes <= self._max_pinned_bytes):
-            self._count(num_bytes)
-            pages.pretend(lambda: self._count(-num_bytes))
+        if pin:
+            self.lock(pages)
         return pages
+
+    def lock(self, home: Any) -> bool:
+        """Count it as locked, as far as `max_pinned_bytes` allows."""
+        size = home.num_bytes
+        if not home.pinned and (self._max_pinned_bytes is None or self.pinned_bytes + size <= self._max_pinned_bytes):
+            self._count(size)
+            me = weakref.ref(self)  # pages outlive engines, and an engine is all the memory of its device
+
+            def unlocked() -> None:
+                if (engine := me()) is not None:
+                    engine._count(-size)
+
+            home.pretend(unlocked)
+        return bool(home.pinned)
 
     def _count(self, num_bytes: int) -> None:
         self.pinned_bytes += num_bytes
@@ -205,6 +226,7 @@ class SimulatedEngine:
                 if torn:
                     self.races.append(f"copy {self._issued} overwrites a slot that {slot.holder!r} may still be reading")
                 slot.copied = self._knows[_COPY][_COPY]
+            self._now[_COPY] = max(self._now[_COPY], self._host_now)
             self._queue.append((target, None if torn else source))
             self._issued += 1
             self._take_time(source.numel(), home)
@@ -228,6 +250,7 @@ class SimulatedEngine:
             both = (max(k[0] for k in self._knows), max(k[1] for k in self._knows))
             self._hosts[threading.get_ident()] = both
             self._now = [max(self._now)] * 2
+            self._host_now = max(self._host_now, self._now[_COMPUTE])
 
     def poison(self, slot: torch.Tensor) -> None:
         """NaN bytes, as part of computing."""
@@ -249,9 +272,24 @@ class SimulatedEngine:
             self._step(_COMPUTE)
             if slot is not None:
                 self._use(slot, unit)
-            self._now[_COMPUTE] += self._compute_ms.get(unit, 0.0)
+            self._compute(unit)
             if not unit:
                 self.forwards.append(Forward(ms=self._now[_COMPUTE] - began, stall_ms=self.stall_ms - stalled))
+
+    def _compute(self, unit: str) -> None:
+        """The clocks of compute and of the host after a unit, or after what is outside them."""
+        queued, computed = self._host_ms.get(unit, 0.0), self._compute_ms.get(unit, 0.0)
+        if unit:
+            begin, self._host_now = max(self._now[_COMPUTE], self._host_now), self._host_now + queued
+            self._now[_COMPUTE] = max(begin + computed, self._host_now)
+            return
+        self._now[_COMPUTE] += computed
+        if self._host_waits:
+            self._host_now = max(self._host_now, self._now[_COMPUTE])
+        self._host_now += queued
+        self._now[_COMPUTE] = max(self._now[_COMPUTE], self._host_now)
+        # No further ahead than a forward.
+        self._host_now = max(self._host_now, self._now[_COMPUTE] - sum(self._host_ms.values()))
 
     def _use(self, slot: torch.Tensor, unit: str) -> None:
         """Compute reads or writes a slot."""
