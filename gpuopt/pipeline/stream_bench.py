@@ -30,7 +30,7 @@ from gpuopt.pipeline.stream_arms import (
     run_of_arm,
     timed_arm,
 )
-from gpuopt.pipeline.stream_facts import Answer, Meters, Planned, Ready, Timed
+from gpuopt.pipeline.stream_facts import Answer, Meters, Opened, Planned, Ready, Timed
 
 RIVAL_S = 8.0
 """Of timed calls, a rival and budget: one that is slow gets fewer of them, and its row says how many."""
@@ -61,6 +61,11 @@ class _Bench:
     resident: list[Timed] = field(default_factory=list)
     """Blocks of everything resident, beside all rows."""
 
+    def tell(self, opened: Opened) -> None:
+        """What is known so far, for a run that is cut short."""
+        told = replace(base("bench", opened), rows=tuple(self.rows), arms=tuple(self.arms))
+        self.progress.so_far(report(self.job, opened, told, runs=self.runs))
+
 
 def benched(job: Job, request: StreamRequest, progress: Progress) -> Report:
     """Each budget in turns with everything resident and with rivals; a failure of an arm is its reason, and the others go on."""
@@ -84,6 +89,7 @@ def benched(job: Job, request: StreamRequest, progress: Progress) -> Report:
             bench.arms.append(arm)
         for number, spec in enumerate(request.specs):
             _row(bench, number, spec)
+            bench.tell(opened)
         if whole is not None and bench.resident:
             bench.arms[0] = timed_arm(bench.arms[0], bench.resident)
             bench.runs.insert(0, run_of_arm(job, opened, bench.arms[0], flat(bench.resident)))
@@ -155,6 +161,7 @@ def _row(bench: _Bench, number: int, spec: StreamSpec) -> None:
         budgeted = RIVALS[name].takes_budget
         if budgeted or not any(arm.rival == name for arm in bench.arms):
             bench.arms.append(_against(bench, name, number, seen.plan, budgeted=budgeted))
+            bench.tell(bench.own.known)
 
 
 def _against(bench: _Bench, name: str, number: int, plan: Plan, *, budgeted: bool) -> StreamArm:

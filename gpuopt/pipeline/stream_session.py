@@ -248,6 +248,10 @@ class StreamSession:
         plan = self._plan(spec)
         began = time.monotonic()
         self._progress(None, f"laying {len(plan.binding)} of {len(plan.anatomy.units)} units out in host memory")
+        if not self._device.is_simulated and not self._is_live:  # a live module's process has other things to allocate
+            from gpuopt.pipeline import stream_measured
+
+            self._stack.enter_context(stream_measured.held_to(plan, self._device.id))
         bound = self._bound = self._stack.enter_context(self._streamed(plan))
         setup_s = time.monotonic() - began
         if spec.elastic:

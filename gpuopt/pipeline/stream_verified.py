@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from gpuopt.core.errors import GpuoptError, ResourceError
 from gpuopt.core.streamed import StreamCheck
 from gpuopt.core.streaming import Anatomy, Plan
+from gpuopt.pipeline import stream_measured
 from gpuopt.pipeline.stream_calls import digest
 from gpuopt.streaming.slabs import checksum
 
@@ -187,17 +187,6 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_SHOWN]) + (f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else "")
 
 
-@contextmanager
-def capped(session: StreamSession, plan: Plan) -> Iterator[None]:
+def capped(session: StreamSession, plan: Plan) -> AbstractContextManager[None]:
     """torch's allocator gets what the plan has for it and no byte more: a plan that takes more than it says fails here."""
-    if session.device.is_simulated:
-        yield
-        return
-    device = session.device.id
-    _, total = torch.cuda.mem_get_info(device)
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (plan.budget_bytes - plan.ledger.context) / total), device)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    return nullcontext() if session.device.is_simulated else stream_measured.held_to(plan, session.device.id)

@@ -84,6 +84,9 @@ class Gpu(SimulatedEngine):
     def memory_allocated(self, device: Any) -> int:
         return 1_000
 
+    def max_memory_reserved(self, device: Any) -> int:
+        return self.memory_reserved(device)
+
     def max_memory_allocated(self, device: Any) -> int:
         return 9_000
 

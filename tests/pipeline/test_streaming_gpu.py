@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ LARGE = streams.FACTORY.replace("Stack().eval()", "Stack(depth=24, width=2048).h
 
 @pytest.fixture
 def session(tmp_path: Path) -> Iterator[StreamSession]:
+    torch._C._cuda_clearCublasWorkspaces()  # of the test before: no plan would count it
     path = tmp_path / "stack.py"
     path.write_text(LARGE, encoding="utf-8")
     sizes = {"N": 1, "S": 4}
@@ -73,4 +75,4 @@ def test_everything_that_fits_costs_next_to_nothing(session: StreamSession) -> N
         session.bind(StreamSpec(budget_share=1.0))
         session.warm()
         fitting.append(sorted(session.block(50).samples_ns)[25])
-    assert min(fitting) <= 1.03 * min(whole), (whole, fitting)
+    assert median(fitting) <= 1.03 * median(whole), (whole, fitting)
