@@ -57,6 +57,8 @@ ADOPTED = frozenset(
 """Variables that a fork can still take up, since they are read when they are needed or set anew in it; one that differs in another is no child of the zygote's."""
 VARIABLE = "GPUOPT_FORK"
 """0: every child is a new process, for whoever finds a library that cannot be forked."""
+MAX_SOURCE_BYTES = 1 << 18
+"""Of a factory's file, looked through for what it imports."""
 START_TIMEOUT_S = 300.0
 """For imports on a slow disk."""
 
@@ -281,9 +283,19 @@ def expected_of(jobs: Sequence[Job]) -> tuple[str, ...]:
         return ()
     compiled = searches or sum(candidate.backend.name in COMPILED for candidate in candidates) > 1
     texts = {candidate.model.text for candidate in candidates}
-    uses_transformers = any(text.startswith(("gpuopt.models:", "hf:")) or _is_transformers_folder(text) for text in texts)
+    uses_transformers = any(text.startswith(("gpuopt.models:", "hf:")) or _names_transformers(text) for text in texts)
     return (*(COMPILERS if compiled else ()), *(TRANSFORMERS if uses_transformers else ()))
 
 
-def _is_transformers_folder(text: str) -> bool:
-    return os.path.isfile(os.path.join(text, "config.json"))
+def _names_transformers(text: str) -> bool:
+    """A transformers folder, or a factory whose file mentions the library. Nothing is run to find out."""
+    if os.path.isfile(os.path.join(text, "config.json")):
+        return True
+    where, _, name = text.rpartition(":")
+    if not name.isidentifier():
+        return False
+    files = [where] if where.endswith(".py") else [os.path.join(root, *where.split(".")) + ".py" for root in ("", *sys.path)]
+    for file in files:
+        with contextlib.suppress(OSError, ValueError), open(file, "rb") as source:
+            return b"transformers" in source.read(MAX_SOURCE_BYTES)
+    return False

@@ -37,6 +37,8 @@ BUSY = 0.8
 ROOM = 0.85
 """Of the free memory: what weights and caches may take for everything to be resident, activations aside."""
 LINK_COPIES = 8
+LINK_ROUNDS = 3
+"""The fastest is what the link can do."""
 PRODUCTS = 320
 """Queued beside the copies: about as long as those take on an H200."""
 MAX_LINK_BYTES = 512 * 2**20
@@ -208,7 +210,7 @@ def _look(
         watched.queued_ms = host_ms
         devices, *_ = _forwards(watched, brief, skip_prompt=skip_prompt, now=now)
         watched.watching = ""
-    compute_ms = times(devices)
+    compute_ms: Mapping[str, float] = times(devices)
     if skip_prompt:
         # The host waits for each token, so what it does between two forwards, and within them around the units, is what is left of the time from one to the next.
         host_ms[""] = 0.0
@@ -320,15 +322,18 @@ def link_rates(engine: Any, num_bytes: int) -> tuple[float, float, float | None]
             begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
             slot.copy_(home.bytes, non_blocking=True)
             engine.drain()
-            for _ in range(PRODUCTS):
-                side = side @ side
-            with cuda.stream(stream):
-                begin.record(stream)
-                for _ in range(LINK_COPIES):
-                    slot.copy_(home.bytes, non_blocking=True)
-                end.record(stream)
-            engine.drain()
-            link = LINK_COPIES * num_bytes / (begin.elapsed_time(end) / 1e3)
+            found = []
+            for _ in range(LINK_ROUNDS):
+                for _ in range(PRODUCTS):
+                    side = side @ side
+                with cuda.stream(stream):
+                    begin.record(stream)
+                    for _ in range(LINK_COPIES):
+                        slot.copy_(home.bytes, non_blocking=True)
+                    end.record(stream)
+                engine.drain()
+                found.append(LINK_COPIES * num_bytes / (begin.elapsed_time(end) / 1e3))
+            link = max(found)  # a ceiling: what else the machine did meanwhile is none of the link's
         return link, pageable, num_bytes / pin_s if home.pinned and pin_s > 0 else None
     finally:
         engine.drain()

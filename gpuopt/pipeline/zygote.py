@@ -10,6 +10,7 @@ Requests are one JSON line each with file descriptors beside it: {"fork": module
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -22,15 +23,14 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from gpuopt.pipeline import forking
 
 NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 """Makes `torch.cuda.is_available()`, which libraries ask while they are imported, ask the driver's management library: the runtime could not be used after a fork."""
-CUDA_NODES = ("/dev/nvidia-uvm",)
-"""Open in every process that has initialised CUDA, and in none that only asked NVML."""
+NOT_INITIALISED = 3
+"""CUDA_ERROR_NOT_INITIALIZED: what the driver answers before anybody has initialised it."""
 FRAME_BYTES = 1 << 20
 
 
@@ -151,11 +151,18 @@ def unsafe() -> str:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return "a library that was imported has initialised CUDA"
-    for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):
-            if os.readlink(entry) in CUDA_NODES:
-                return "a library that was imported has opened a CUDA device"
+    if _driver_is_initialised():
+        return "a library that was imported has initialised the CUDA driver"
     return ""
+
+
+def _driver_is_initialised() -> bool:
+    """The driver's own word: open device files say nothing, NVML opens the same ones."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except OSError:
+        return False  # nobody has loaded it
+    return int(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int()))) != NOT_INITIALISED
 
 
 def become(module: str, environment: Mapping[str, str], fds: Sequence[int], *, imports_s: float, keeps_check: bool) -> NoReturn:

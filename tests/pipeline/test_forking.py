@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,14 +134,19 @@ def test_a_library_that_starts_a_thread_ends_forking(tmp_path: Path) -> None:
         own.close()
 
 
-def test_a_device_that_is_open_ends_forking(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    node = tmp_path / "nvidia-uvm"
-    node.write_text("")
-    monkeypatch.setattr(zygote, "CUDA_NODES", (str(node),))
+@pytest.mark.parametrize(("answer", "words"), [(3, ""), (0, "initialised the CUDA driver"), (100, "initialised the CUDA driver")])
+def test_a_driver_that_is_initialised_ends_forking(monkeypatch: pytest.MonkeyPatch, answer: int, words: str) -> None:
+    """It is asked itself: NVML, which libraries ask while they are imported, opens the same device files."""
+    driver = SimpleNamespace(cuDeviceGetCount=lambda count: answer)
+    monkeypatch.setattr(zygote.ctypes, "CDLL", lambda name, mode: driver)
+    monkeypatch.setattr(zygote.threading, "active_count", lambda: 1)
+    assert (words in zygote.unsafe()) if words else zygote.unsafe() == ""
+
+
+def test_a_driver_that_nobody_loaded_is_not_loaded_to_ask_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zygote.threading, "active_count", lambda: 1)
     assert zygote.unsafe() == ""
-    with node.open():
-        assert "CUDA device" in zygote.unsafe()
+    assert "libcuda.so" not in Path("/proc/self/maps").read_text()
 
 
 def test_nothing_is_left_when_the_command_is_killed() -> None:
@@ -227,3 +233,10 @@ def test_what_several_children_will_import_is_known_before(
 ) -> None:
     job = Job(verb=verb, candidates=tuple(Candidate(model=ModelRef(text=model), backend=BackendSpec(name=name)) for name in backends))
     assert forking.expected_of([job]) == wanted
+
+
+@pytest.mark.parametrize(("source", "wanted"), [("from transformers import BertModel", forking.TRANSFORMERS), ("import torch", ())])
+def test_a_factorys_file_is_read_and_not_run_to_know_what_it_imports(tmp_path: Path, source: str, wanted: tuple[str, ...]) -> None:
+    (tmp_path / "net.py").write_text(f"{source}\nraise SystemExit('it was run')\n")
+    candidates = tuple(Candidate(model=ModelRef(text=f"{tmp_path}/net.py:net"), dims={"N": n}) for n in (1, 2))
+    assert forking.expected_of([Job(verb="bench", candidates=candidates)]) == wanted
