@@ -57,6 +57,7 @@ ADOPTED = frozenset(
 """Variables that a fork can still take up, since they are read when they are needed or set anew in it; one that differs in another is no child of the zygote's."""
 VARIABLE = "GPUOPT_FORK"
 """0: every child is a new process, for whoever finds a library that cannot be forked."""
+MAX_SOURCES = 30
 MAX_SOURCE_BYTES = 1 << 18
 """Of a factory's file, looked through for what it imports."""
 START_TIMEOUT_S = 300.0
@@ -288,14 +289,21 @@ def expected_of(jobs: Sequence[Job]) -> tuple[str, ...]:
 
 
 def _names_transformers(text: str) -> bool:
-    """A transformers folder, or a factory whose file mentions the library. Nothing is run to find out."""
+    """A transformers folder, or a factory whose file, or one beside it, mentions the library. Nothing is run to find out."""
     if os.path.isfile(os.path.join(text, "config.json")):
         return True
     where, _, name = text.rpartition(":")
     if not name.isidentifier():
         return False
     files = [where] if where.endswith(".py") else [os.path.join(root, *where.split(".")) + ".py" for root in ("", *sys.path)]
-    for file in files:
-        with contextlib.suppress(OSError, ValueError), open(file, "rb") as source:
-            return b"transformers" in source.read(MAX_SOURCE_BYTES)
+    found = next((file for file in files if os.path.isfile(file)), None)
+    if found is None:
+        return False
+    beside = sorted(entry.path for entry in os.scandir(os.path.dirname(found) or ".") if entry.name.endswith(".py") and entry.is_file())
+    return any(_mentions(file, b"transformers") for file in [found, *beside[:MAX_SOURCES]])
+
+
+def _mentions(file: str, word: bytes) -> bool:
+    with contextlib.suppress(OSError), open(file, "rb") as source:
+        return word in source.read(MAX_SOURCE_BYTES)
     return False
