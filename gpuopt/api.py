@@ -30,11 +30,12 @@ from gpuopt.core.errors import GateFailed, GpuoptError, ResourceError, Unsupport
 from gpuopt.core.result import SCHEMA_VERSION, Count, Device, Report, Run, Samples, Status
 from gpuopt.core.search import SearchSpec
 from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, ModelRef, Precision, Tolerance, Transforms
-from gpuopt.pipeline import anchor, facts, figures, livemodel, manifests, pairs, streaming, whole
+from gpuopt.pipeline import anchor, facts, figures, livemodel, manifests, pairs, whole
 from gpuopt.pipeline.searched import Optimized, optimized
 from gpuopt.pipeline.seats import MIN_ANCHOR_BLOCKS
 from gpuopt.pipeline.session import Session
-from gpuopt.pipeline.stream_live import StreamedModule, streamed
+from gpuopt.pipeline.streamed.command import spec_of
+from gpuopt.pipeline.streamed.live import StreamedModule, streamed
 from gpuopt.pipeline.whole import OptimizedPipeline
 from gpuopt.pipeline.worker import classify
 
@@ -145,7 +146,7 @@ def stream(
 
     Raises ResourceError where the budget is too small, with the numbers and the setting that would lower it; UsageError for a module in training mode.
     """
-    spec = streaming.spec_of(
+    spec = spec_of(
         budget,
         pin_limit_bytes=None if pin_limit is None else units.parse_bytes(pin_limit),
         disk=disk,

@@ -18,7 +18,9 @@ from gpuopt.core.result import Device, Report
 from gpuopt.core.spec import Candidate, DimSpec, InputSpec, Job, ModelRef
 from gpuopt.core.streamed import RIVALS, StreamArm, StreamRequest
 from gpuopt.core.streaming import Streamed, StreamSpec
-from gpuopt.pipeline import isolate, stream_device, streaming
+from gpuopt.pipeline import isolate
+from gpuopt.pipeline.streamed import command
+from gpuopt.pipeline.streamed.device import parse
 from gpuopt.reports import frontier
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +30,7 @@ from recipes.streaming import paper, table  # noqa: E402
 
 
 def _streams() -> ModuleType:
-    path = ROOT / "tests" / "pipeline" / "streams.py"
+    path = ROOT / "tests" / "pipeline" / "streamed" / "streams.py"
     spec = importlib.util.spec_from_file_location("streams_of_table", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -54,7 +56,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
             device="simulated:link=1e8,block=0.3ms,outside=0.1ms",
         )
         specs = tuple(StreamSpec(budget_share=share) for share in (0.4, 0.5, 0.9))
-        made = streaming.stream(Job(verb="stream", candidates=(candidate,), stream=StreamRequest(action="bench", specs=specs, calls=4)))
+        made = command.stream(Job(verb="stream", candidates=(candidate,), stream=StreamRequest(action="bench", specs=specs, calls=4)))
     told: Any = made.streamed
     rows = tuple(
         replace(row, measured=replace(row.measured, simulated=False, peak_device_bytes=row.measured.plan.budget_bytes - 1000))
@@ -171,7 +173,7 @@ def test_the_simulated_device_takes_what_the_same_protocol_took(report: Report) 
 def test_the_line_for_a_machine_without_a_gpu_is_one_that_the_tool_takes(report: Report) -> None:
     plan = first(report).plan
     assert table.paper_device(plan) in "\n".join(lines("simulated", {"stream_llama_8b_decode": report}))
-    device = stream_device.parse(table.paper_device(plan))
+    device = parse(table.paper_device(plan))
     assert device.rate("link") == pytest.approx(plan.calibration.link_bytes_per_s, rel=1e-3)
     assert device.settings["block"] == pytest.approx(0.3)
 

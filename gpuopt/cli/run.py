@@ -28,8 +28,9 @@ def run(
     """
     from gpuopt.cli import request as r
     from gpuopt.cli import show
-    from gpuopt.pipeline import jobs, optimize, streaming
+    from gpuopt.pipeline import jobs, optimize
     from gpuopt.pipeline import recipe as reader
+    from gpuopt.pipeline.streamed import command
 
     read = [reader.read(Path(name), device=device, output=output, force=force, command=r.command_line()) for name in recipes]
     if len(read) > 1:
@@ -40,7 +41,7 @@ def run(
         "profile": jobs.profile,
         "bench": jobs.bench,
         "optimize": optimize.optimize,
-        "stream": streaming.stream,
+        "stream": command.stream,
         "convert": jobs.convert,
         "compile": jobs.compile,
         "backends": jobs.backends,

@@ -74,18 +74,18 @@ def stream(
     from gpuopt.core.errors import UsageError
     from gpuopt.core.spec import Job
     from gpuopt.core.streamed import ACTIONS, StreamRequest
-    from gpuopt.pipeline import streaming
+    from gpuopt.pipeline.streamed import command
 
     if action not in ACTIONS:
         raise UsageError(
             f"stream cannot {action[:60]!r} a model", fix="gpuopt stream plan MODEL --budget 50%; one of: " + ", ".join(ACTIONS)
         )
-    streaming.require_known(device)
+    command.require_known(device)
     # A device's text may hold commas, which are several devices elsewhere.
     plain = {"device": "auto", "precision": None, "channels_last": False, "fold_bn": False, "keep_fp32": None, "rewrite": None}
     job = Job(
         verb="stream",
-        candidates=tuple(streaming.on(one, device) for one in r.candidates([model], {**typed, **plain})),
+        candidates=tuple(command.on(one, device) for one in r.candidates([model], {**typed, **plain})),
         bench=r.bench(timeout=timeout),
         gates=r.gates(max_latency=max_latency),
         output=(output or disk) if action == "pack" else output,
@@ -96,21 +96,21 @@ def stream(
             generate=generate,
             calls=calls,
             forwards=forwards,
-            rivals=streaming.rivals_of(rival or None),
+            rivals=command.rivals_of(rival or None),
             alone=alone,
         ),
         command=r.command_line(),
     )
-    return run(r.checked(job), streaming.stream, json=json, quiet=quiet, force=force, ask=not no_input)
+    return run(r.checked(job), command.stream, json=json, quiet=quiet, force=force, ask=not no_input)
 
 
 def _specs(budgets: Sequence[str] | None, typed: dict[str, Any]) -> tuple[StreamSpec, ...]:
     """One a budget. Raises UsageError for one that is none."""
     from gpuopt.core import units
-    from gpuopt.pipeline import streaming
+    from gpuopt.pipeline.streamed import command
 
     return tuple(
-        streaming.spec_of(
+        command.spec_of(
             text,
             pin_limit_bytes=None if typed["pin_limit"] is None else units.parse_bytes(typed["pin_limit"]),
             disk=typed["disk"],

@@ -239,7 +239,7 @@ def _refuse_ranges(model: Model, known: Mapping[str, int]) -> None:
 
 
 def _max_positions(model: Model) -> int | None:
-    """The longest sequence an embedding table of positions allows; None where there is no such table."""
+    """The longest text an embedding table of positions allows; None where there is no such table. Those of an image's patches are none of a text's."""
     if model.module is None:
         return None
     limits = []
@@ -248,7 +248,7 @@ def _max_positions(model: Model) -> int | None:
         if (
             isinstance(part, nn.Embedding)
             and (leaf in ("wpe", "pos_emb", "embed_positions") or "position_embedding" in leaf)
-            and "patch" not in name
+            and not any(word in name for word in ("patch", "vision", "visual"))
         ):
             offset = 2 if part.padding_idx is not None or type(part).__name__.startswith(("OPT", "Bart")) else 0
             limits.append(part.num_embeddings - offset)

@@ -31,7 +31,8 @@ from gpuopt.core.spec import (
     Tolerance,
     Transforms,
 )
-from gpuopt.pipeline import stream_recipe, streaming
+from gpuopt.pipeline.streamed import command as streaming
+from gpuopt.pipeline.streamed import recipe as stream_recipe
 from gpuopt.trust.policy import Format, classify, printable
 
 VERBS = ("profile", "bench", "optimize", "stream", "convert", "compile", "backends", "device")

@@ -32,7 +32,7 @@ from gpuopt.streaming.engines.simulated import SimulatedEngine
 
 
 def _streams() -> ModuleType:
-    path = Path(__file__).parents[1] / "pipeline" / "streams.py"
+    path = Path(__file__).parents[1] / "pipeline" / "streamed" / "streams.py"
     spec = importlib.util.spec_from_file_location("streams_of_faults", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -157,6 +157,23 @@ def test_masks_are_ones_types_are_zeros_and_ids_stay_below_the_vocabulary() -> N
     assert 50 < int(call.kwargs["input_ids"].max()) < 99
 
 
+def test_positions_of_an_image_limit_no_text() -> None:
+    """CLIP at 224 x 224 has 50 patches and takes 77 tokens."""
+    import transformers as hf
+
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 99}
+    vision = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": 32,
+        "patch_size": 16,
+    }
+    clip = hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    assert inputs._max_positions(Model(module=clip, name="clip", form="module")) == 77
+
+
 def test_a_sequence_longer_than_the_models_positions_names_the_dimension() -> None:
     m = loaders.load(ModelRef(text="gpuopt.models:bert_large_tiny"))
     assert make(m).dims["S"] == 64

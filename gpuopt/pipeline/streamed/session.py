@@ -19,12 +19,14 @@ from gpuopt.core.streamed import StreamRequest, StreamSpan
 from gpuopt.core.streaming import Anatomy, Calibration, Plan, StreamSpec
 from gpuopt.devices import info
 from gpuopt.loaders import inputs as input_maker
-from gpuopt.pipeline import environment, hostmemory, stream_device, stream_files, stream_model, stream_rivals, stream_verified
+from gpuopt.pipeline import environment, hostmemory
 from gpuopt.pipeline.facts import ProgressCall
-from gpuopt.pipeline.stream_calls import Work, cache_bytes, rings_of, timed
-from gpuopt.pipeline.stream_device import StreamDevice
-from gpuopt.pipeline.stream_facts import Answer, Checked, Meters, Opened, PackedFolder, Planned, Ready, Timed
-from gpuopt.pipeline.stream_rivals.resident import whole
+from gpuopt.pipeline.streamed import files, rivals, verified
+from gpuopt.pipeline.streamed import model as stream_model
+from gpuopt.pipeline.streamed.calls import Work, cache_bytes, rings_of, timed
+from gpuopt.pipeline.streamed.device import StreamDevice, made_up, parse
+from gpuopt.pipeline.streamed.facts import Answer, Checked, Meters, Opened, PackedFolder, Planned, Ready, Timed
+from gpuopt.pipeline.streamed.rivals.resident import whole
 from gpuopt.streaming import anatomy as anatomies
 from gpuopt.streaming import bound as binding
 from gpuopt.streaming import disk, hostpages, meta, packed, planner, timeline
@@ -78,7 +80,7 @@ class StreamSession:
         """Open the model, with its weights where they lie, and make its inputs. Raises what the loader of its form raises, UsageError, Unavailable."""
         began = time.monotonic()
         hostmemory.return_at_once()
-        self._device = stream_device.parse(candidate.device)
+        self._device = parse(candidate.device)
         if not self._device.is_simulated:
             found = info.resolve(self._device.id)
             if not found.startswith("cuda"):
@@ -168,16 +170,16 @@ class StreamSession:
         cache = cache_bytes(self._module, work.inputs, work.new_tokens)
         rings = rings_of(self._module, anatomy, work.new_tokens)
         if self._device.is_simulated:
-            return stream_device.made_up(
+            return made_up(
                 self._device, anatomy, tokens=work.tokens, workload=work.words, cache_bytes=cache, rings=rings, waits=bool(work.new_tokens)
             )
-        from gpuopt.pipeline import stream_measured
+        from gpuopt.pipeline.streamed import measured
 
         engine = self._cuda()
         if spec.disk is not None or not work.has_inputs:
             # Timing the units would bring all of them into host memory, which is what there is a disk for.
-            return stream_measured.estimated(engine, anatomy, spec, work, cache_bytes=cache, rings=rings)
-        return stream_measured.measured(
+            return measured.estimated(engine, anatomy, spec, work, cache_bytes=cache, rings=rings)
+        return measured.measured(
             self._module,
             anatomy,
             spec,
@@ -249,9 +251,9 @@ class StreamSession:
         began = time.monotonic()
         self._progress(None, f"laying {len(plan.binding)} of {len(plan.anatomy.units)} units out in host memory")
         if not self._device.is_simulated and not self._is_live:  # a live module's process has other things to allocate
-            from gpuopt.pipeline import stream_measured
+            from gpuopt.pipeline.streamed import measured
 
-            self._stack.enter_context(stream_measured.held_to(plan, self._device.id))
+            self._stack.enter_context(measured.held_to(plan, self._device.id))
         bound = self._bound = self._stack.enter_context(self._streamed(plan))
         setup_s = time.monotonic() - began
         if spec.elastic:
@@ -324,11 +326,11 @@ class StreamSession:
         """Another library's way at as many bytes of weights on the device. Raises Unavailable without its packages, Unsupported on paper and for what it cannot run."""
         if self._device.is_simulated:
             raise Unsupported("other libraries move weights to a real device", fix="--device cuda")
-        stream_rivals.require(name)
+        rivals.require(name)
         self.release()
         self._require_values()
         began = time.monotonic()
-        setting = self._stack.enter_context(stream_rivals.running(name, self._module, self._device.id, weight_bytes, self._dissected(spec)))
+        setting = self._stack.enter_context(rivals.running(name, self._module, self._device.id, weight_bytes, self._dissected(spec)))
         torch.cuda.reset_peak_memory_stats(self._device.id)
         return Ready(setup_s=time.monotonic() - began, clock="cuda-event", notes=(setting,))
 
@@ -369,10 +371,10 @@ class StreamSession:
     def verify(self, spec: StreamSpec, forwards: int) -> Checked:
         """The files themselves; bit for bit against everything resident; and a hunt for races."""
         plan = self._plan(spec)
-        files = tuple(stream_files.checks(self._weights, spec.disk))
-        if any(check.passed is False for check in files):  # what is damaged is damaged streamed and whole alike
-            return Checked(checks=files, plan=plan)
-        return Checked(checks=(*stream_verified.checks(self, plan, forwards), *files), plan=plan)
+        of_files = tuple(files.checks(self._weights, spec.disk))
+        if any(check.passed is False for check in of_files):  # what is damaged is damaged streamed and whole alike
+            return Checked(checks=of_files, plan=plan)
+        return Checked(checks=(*verified.checks(self, plan, forwards), *of_files), plan=plan)
 
     def pack(self, spec: StreamSpec, folder: str) -> PackedFolder:
         """Write the units to a folder."""

@@ -14,10 +14,10 @@ from gpuopt.core.result import GateResult, Report
 from gpuopt.core.spec import Candidate, Job
 from gpuopt.core.streamed import ACTIONS, StreamRequest, StreamRow
 from gpuopt.core.streaming import StreamSpec
-from gpuopt.pipeline import stream_bench, stream_rivals
 from gpuopt.pipeline.isolate import ChildFailed
-from gpuopt.pipeline.stream_arms import base, blocks_of, child, flat, measured, raise_if_all, report, run_of
-from gpuopt.pipeline.stream_facts import Answer, Checked, Meters, PackedFolder, Planned, Ready, Timed
+from gpuopt.pipeline.streamed import bench, rivals
+from gpuopt.pipeline.streamed.arms import base, blocks_of, child, flat, measured, raise_if_all, report, run_of
+from gpuopt.pipeline.streamed.facts import Answer, Checked, Meters, PackedFolder, Planned, Ready, Timed
 
 NO_RIVAL = "none"
 
@@ -38,8 +38,8 @@ def stream(job: Job, progress: Progress | None = None) -> Report:
         raise UsageError("a budget is wanted", fix="--budget 8GiB of device memory, or --budget 50% of the weights")
     if request.action in ("run", "verify") and len(request.specs) > 1:
         raise UsageError(f"{request.action} takes one budget", fix="gpuopt stream bench compares several")
-    stream_rivals.require_known(request.rivals)
-    return {"plan": _planned, "run": _ran, "bench": stream_bench.benched, "verify": _verified}[request.action](job, request, progress)
+    rivals.require_known(request.rivals)
+    return {"plan": _planned, "run": _ran, "bench": bench.benched, "verify": _verified}[request.action](job, request, progress)
 
 
 # -- one action each ----------------------------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def rivals_of(names: Sequence[str] | None) -> tuple[str, ...]:
     chosen = tuple(dict.fromkeys(names))
     if chosen == (NO_RIVAL,):
         return ()
-    stream_rivals.require_known(chosen)
+    rivals.require_known(chosen)
     return chosen
 
 
@@ -153,6 +153,6 @@ def on(candidate: Candidate, device: str) -> Candidate:
 
 def require_known(device: str) -> None:
     """Raises UsageError for a text that is no device to stream to: before a child is started for it."""
-    from gpuopt.pipeline import stream_device
+    from gpuopt.pipeline.streamed.device import parse
 
-    stream_device.parse(device)
+    parse(device)

@@ -25,7 +25,7 @@ import json, os, sys
 from gpuopt.core.spec import Candidate, DimSpec, InputSpec, ModelRef
 from gpuopt.core.streamed import StreamRequest
 from gpuopt.core.streaming import StreamSpec
-from gpuopt.pipeline.stream_session import StreamSession
+from gpuopt.pipeline.streamed.session import StreamSession
 
 folder, actions = sys.argv[1], sys.argv[2].split(",")
 spec = StreamSpec(budget_share=0.5)

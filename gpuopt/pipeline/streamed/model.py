@@ -14,7 +14,7 @@ from gpuopt.core.live import Model
 from gpuopt.core.registry import resolve
 from gpuopt.core.spec import Candidate, ModelRef
 from gpuopt.loaders import describe, factory
-from gpuopt.pipeline import stream_laid
+from gpuopt.pipeline.streamed import laid
 from gpuopt.streaming import meta, shards
 from gpuopt.trust import consent
 from gpuopt.trust.policy import Format, classify, printable
@@ -37,7 +37,7 @@ def opened(candidate: Candidate, *, hollow: bool = False) -> tuple[Model, Any]:
     """The model, and where its weights come from (`meta.Weights`, or Nowhere). Raises what loaders raise.
 
     A transformers folder, `hf:ID@REVISION` and safetensors with `--arch` are built without their weights, which are read straight into slabs; so are those of
-    our largest models (`stream_laid`). Any other factory makes its weights itself: with `hollow` (nothing will be computed) it is built on the meta device, and where it reads what it made, for real, which a note says.
+    our largest models (`laid`). Any other factory makes its weights itself: with `hollow` (nothing will be computed) it is built on the meta device, and where it reads what it made, for real, which a note says.
     """
     ref = candidate.model
     notes: list[str] = []
@@ -54,8 +54,8 @@ def opened(candidate: Candidate, *, hollow: bool = False) -> tuple[Model, Any]:
                 return _of_shards(ref, path)
             except _CannotBeEmpty as why:
                 notes.append(str(why))
-        elif not path.exists() and (laid := stream_laid.opened(ref)) is not None:
-            return laid
+        elif not path.exists() and (ours := laid.opened(ref)) is not None:
+            return ours
         elif hollow and not path.exists():
             try:
                 model = factory.load(ref, on_meta=True)

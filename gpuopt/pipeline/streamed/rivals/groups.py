@@ -12,7 +12,7 @@ from torch import nn
 
 from gpuopt.core.errors import Unsupported
 from gpuopt.core.streaming import Anatomy
-from gpuopt.pipeline.stream_rivals.putback import moved, put_back, settle
+from gpuopt.pipeline.streamed.rivals.putback import moved, put_back, settle
 
 HOOK = "group_offloading"
 """Under which its registry keeps a group."""

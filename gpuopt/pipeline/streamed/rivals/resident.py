@@ -10,7 +10,7 @@ from torch import nn
 
 from gpuopt.core import units
 from gpuopt.core.errors import ResourceError
-from gpuopt.pipeline.stream_rivals.putback import put_back, settle
+from gpuopt.pipeline.streamed.rivals.putback import put_back, settle
 from gpuopt.streaming import hostpages
 
 ROOM = 0.95

@@ -19,7 +19,7 @@ from launches import Gpu
 
 from gpuopt.core.errors import OutOfMemory
 from gpuopt.core.streaming import Calibration, StreamSpec
-from gpuopt.pipeline import stream_measured
+from gpuopt.pipeline.streamed import measured
 from gpuopt.streaming import anatomy, bound, planner
 from gpuopt.streaming.shelf import Shelf
 
@@ -64,10 +64,10 @@ def calibrated(
     def run(name: str, **options: Any) -> Any:
         gpu, model, call, begun = streamed(name, **options)
         rate = UNIT_BYTES / COPY_MS * 1e3
-        monkeypatch.setattr(stream_measured, "link_rates", lambda engine, num_bytes: (rate, rate / 6, None))
+        monkeypatch.setattr(measured, "link_rates", lambda engine, num_bytes: (rate, rate / 6, None))
         shelf = Shelf()
         model.on(gpu)
-        found = stream_measured.measured(
+        found = measured.measured(
             model, anatomy.dissect(model, small_bytes=2048), StreamSpec(budget_share=0.5), gpu, call, shelf=shelf, workload=name,
             skip_prompt=WORKLOADS[name][3] is not None, cache_bytes=0, others_bytes=0, baseline_bytes=400, progress=lambda *_: None, cuda=gpu, now=gpu.now,
         )  # fmt: skip
@@ -147,16 +147,16 @@ def test_running_out_of_memory_with_everything_resident_is_tried_with_slots(cali
 
 def test_a_budget_in_bytes_is_kept_while_calibrating_too() -> None:
     found = anatomy.dissect(launches.Stack(DEPTH, 0, 0, (0, 0)), small_bytes=2048)
-    assert stream_measured._fits(found, StreamSpec(budget_share=0.5), 0, 1 << 40)
-    assert not stream_measured._fits(found, StreamSpec(budget_bytes=8 * UNIT_BYTES), 0, 1 << 40)
-    assert stream_measured._fits(found, StreamSpec(budget_bytes=40 * UNIT_BYTES), 0, 1 << 40)
+    assert measured._fits(found, StreamSpec(budget_share=0.5), 0, 1 << 40)
+    assert not measured._fits(found, StreamSpec(budget_bytes=8 * UNIT_BYTES), 0, 1 << 40)
+    assert measured._fits(found, StreamSpec(budget_bytes=40 * UNIT_BYTES), 0, 1 << 40)
 
 
 def test_units_timed_with_pauses_take_the_shares_of_a_forward_without_where_the_device_is_what_it_waits_for() -> None:
     """A card at its power limit: 118.9 ms unit by unit, 126.3 ms back to back."""
     alone = {"a": 40.0, "b": 60.0, "": 5.0}
-    warm = stream_measured._as_warm(alone, 10.0, 110.0)
+    warm = measured._as_warm(alone, 10.0, 110.0)
     assert sum(warm.values()) == pytest.approx(110.0) and warm["b"] / warm["a"] == pytest.approx(1.5)
-    assert stream_measured._as_warm(alone, 100.0, 110.0) == alone, "the host is as slow: what is left may be its"
-    assert stream_measured._as_warm(alone, 10.0, 400.0) == alone, "most of the forward is something else"
-    assert stream_measured._as_warm(alone, 10.0, 90.0) == alone
+    assert measured._as_warm(alone, 100.0, 110.0) == alone, "the host is as slow: what is left may be its"
+    assert measured._as_warm(alone, 10.0, 400.0) == alone, "most of the forward is something else"
+    assert measured._as_warm(alone, 10.0, 90.0) == alone

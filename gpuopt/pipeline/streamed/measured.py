@@ -21,9 +21,9 @@ import torch
 
 from gpuopt.core.errors import OutOfMemory
 from gpuopt.core.streaming import Anatomy, Calibration, Ledger, Plan, StreamSpec
-from gpuopt.pipeline import stream_device
-from gpuopt.pipeline.stream_calls import Work
-from gpuopt.pipeline.stream_watched import Seen, Still, Watched
+from gpuopt.pipeline.streamed.calls import Work
+from gpuopt.pipeline.streamed.device import SIMULATED, made_up, parse
+from gpuopt.pipeline.streamed.watched import Seen, Still, Watched
 from gpuopt.streaming import bound as binding
 from gpuopt.streaming import diskrate, guards, timeline
 from gpuopt.streaming.shelf import Shelf
@@ -296,8 +296,8 @@ def estimated(
     """Link and disk measured, compute estimated: for weights that need not fit host memory, and for a module that comes without inputs."""
     largest = min(MAX_LINK_BYTES, max((unit.num_bytes for unit in anatomy.units), default=PAGEABLE_BYTES))
     link, pageable, pin = link_rates(engine, largest)
-    rates = stream_device.parse(f"{stream_device.SIMULATED}:link={link!r},pageable={pageable!r}")
-    guessed = stream_device.made_up(rates, anatomy, tokens=work.tokens, workload=work.words, cache_bytes=cache_bytes, rings=rings)
+    rates = parse(f"{SIMULATED}:link={link!r},pageable={pageable!r}")
+    guessed = made_up(rates, anatomy, tokens=work.tokens, workload=work.words, cache_bytes=cache_bytes, rings=rings)
     return replace(
         guessed,
         device=str(engine.device),

@@ -14,10 +14,10 @@ from gpuopt.core.streamed import RIVALS
 from gpuopt.core.streaming import Anatomy
 
 _CONTEXTS = {
-    "accelerate": "gpuopt.pipeline.stream_rivals.dispatched:shipped",
-    "accelerate-pinned": "gpuopt.pipeline.stream_rivals.dispatched:pinned",
-    "diffusers": "gpuopt.pipeline.stream_rivals.groups:grouped",
-    "mmgp": "gpuopt.pipeline.stream_rivals.shuttle:shuttled",
+    "accelerate": "gpuopt.pipeline.streamed.rivals.dispatched:shipped",
+    "accelerate-pinned": "gpuopt.pipeline.streamed.rivals.dispatched:pinned",
+    "diffusers": "gpuopt.pipeline.streamed.rivals.groups:grouped",
+    "mmgp": "gpuopt.pipeline.streamed.rivals.shuttle:shuttled",
 }
 
 
@@ -57,4 +57,4 @@ def running(name: str, module: Any, device: str, weight_bytes: int, anatomy: Ana
         with context(module, device, weight_bytes, anatomy) as setting:
             yield setting
     finally:
-        importlib.import_module("gpuopt.pipeline.stream_rivals.putback").let_go(device)
+        importlib.import_module("gpuopt.pipeline.streamed.rivals.putback").let_go(device)

@@ -12,9 +12,9 @@ from gpuopt.core.result import Report, Run
 from gpuopt.core.spec import Candidate, Job
 from gpuopt.core.streamed import RIVALS, StreamArm, StreamRequest, StreamRow
 from gpuopt.core.streaming import Plan, StreamSpec
-from gpuopt.pipeline import stream_device
 from gpuopt.pipeline.isolate import ChildFailed
-from gpuopt.pipeline.stream_arms import (
+from gpuopt.pipeline.streamed import device
+from gpuopt.pipeline.streamed.arms import (
     BLOCK_CALLS,
     RESIDENT,
     TURNS,
@@ -30,7 +30,7 @@ from gpuopt.pipeline.stream_arms import (
     run_of_arm,
     timed_arm,
 )
-from gpuopt.pipeline.stream_facts import Answer, Meters, Opened, Planned, Ready, Timed
+from gpuopt.pipeline.streamed.facts import Answer, Meters, Opened, Planned, Ready, Timed
 
 RIVAL_S = 8.0
 """Of timed calls, a rival and budget: one that is slow gets fewer of them, and its row says how many."""
@@ -70,7 +70,7 @@ class _Bench:
 def benched(job: Job, request: StreamRequest, progress: Progress) -> Report:
     """Each budget in turns with everything resident and with rivals; a failure of an arm is its reason, and the others go on."""
     (candidate,) = job.candidates
-    on_paper = stream_device.parse(candidate.device).is_simulated
+    on_paper = device.parse(candidate.device).is_simulated
     notes = []
     with ExitStack() as stack:
         # Both first: what others hold on the device by then is not taken for the streamed child's own.

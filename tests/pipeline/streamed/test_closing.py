@@ -18,8 +18,8 @@ from gpuopt.core.live import Inputs, Model
 from gpuopt.core.spec import Candidate, InputSpec, ModelRef, TensorSpec
 from gpuopt.core.streamed import StreamRequest
 from gpuopt.core.streaming import StreamSpec
-from gpuopt.pipeline import stream_device
-from gpuopt.pipeline.stream_session import StreamSession
+from gpuopt.pipeline.streamed import device
+from gpuopt.pipeline.streamed.session import StreamSession
 
 IDS = torch.arange(6)[None]
 HALF = StreamSpec(budget_share=0.5)
@@ -41,9 +41,7 @@ def of(module: Any, *, live: bool = True) -> StreamSession:
     session = StreamSession()
     candidate = Candidate(model=ModelRef(text=""), device="simulated")
     model = Model(form="module", name="stack", module=module)
-    session.adopt(
-        candidate, StreamRequest(action="run"), model, stream_device.parse(streams.DEVICE), Inputs(args=(IDS,), dims={"N": 1, "S": 6})
-    )
+    session.adopt(candidate, StreamRequest(action="run"), model, device.parse(streams.DEVICE), Inputs(args=(IDS,), dims={"N": 1, "S": 6}))
     session._is_live = live
     return session
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gpuopt.core.streaming import Anatomy
-from gpuopt.pipeline.stream_rivals.putback import moved, put_back, settle
+from gpuopt.pipeline.streamed.rivals.putback import moved, put_back, settle
 
 
 @contextmanager

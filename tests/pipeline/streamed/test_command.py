@@ -19,7 +19,9 @@ from gpuopt.core.result import Report
 from gpuopt.core.spec import Candidate, DimSpec, InputSpec, Job, ModelRef
 from gpuopt.core.streamed import StreamRequest
 from gpuopt.core.streaming import StreamSpec
-from gpuopt.pipeline import isolate, recipe, stream_arms, stream_device, streaming
+from gpuopt.pipeline import isolate, recipe
+from gpuopt.pipeline.streamed import arms, command
+from gpuopt.pipeline.streamed.device import RATES, parse
 from gpuopt.streaming import streamer
 
 HALF = StreamSpec(budget_share=0.5)
@@ -54,7 +56,7 @@ def did(report: Report) -> Any:
 
 def test_a_plan_is_the_same_bytes_twice(tmp_path: Path, inline: None) -> None:
     asked = job(streams.factory(tmp_path), "plan", HALF, StreamSpec(budget_share=0.8))
-    first, second = (codec.to_json(streaming.stream(asked), indent=1) for _ in range(2))
+    first, second = (codec.to_json(command.stream(asked), indent=1) for _ in range(2))
     assert first == second
     assert "bind" not in streams.Inline.asked
 
@@ -62,7 +64,7 @@ def test_a_plan_is_the_same_bytes_twice(tmp_path: Path, inline: None) -> None:
 def test_a_plan_says_what_a_run_then_takes(tmp_path: Path, inline: None) -> None:
     name = streams.factory(tmp_path)
     for link in ("1e8", "1e9", "1e10"):
-        told = did(streaming.stream(job(name, "run", HALF, device=f"simulated:link={link},block=0.05ms")))
+        told = did(command.stream(job(name, "run", HALF, device=f"simulated:link={link},block=0.05ms")))
         seen = told.rows[0].measured
         assert seen.median_ms == pytest.approx(seen.plan.predicted_ms, rel=1e-3)
         assert seen.median_ms >= seen.plan.bound_ms * 0.999 and seen.simulated and not seen.demand_fetches
@@ -70,7 +72,7 @@ def test_a_plan_says_what_a_run_then_takes(tmp_path: Path, inline: None) -> None
 
 
 def test_a_frontier_in_turns_with_everything_resident(tmp_path: Path, inline: None) -> None:
-    report = streaming.stream(
+    report = command.stream(
         job(streams.factory(tmp_path), "bench", HALF, StreamSpec(budget_share=0.9), device="simulated:link=1e8,block=0.05ms")
     )
     told = did(report)
@@ -84,16 +86,16 @@ def test_a_frontier_in_turns_with_everything_resident(tmp_path: Path, inline: No
 
 def test_a_budget_that_is_too_small_is_a_row_among_others_and_an_error_alone(tmp_path: Path, inline: None) -> None:
     name, tiny = streams.factory(tmp_path), StreamSpec(budget_share=0.1)
-    told = did(streaming.stream(job(name, "plan", HALF, tiny)))
+    told = did(command.stream(job(name, "plan", HALF, tiny)))
     assert told.rows[0].plan is not None and told.rows[1].plan is None and "too small" in told.rows[1].reason
     with pytest.raises(ResourceError, match="too small"):
-        streaming.stream(job(name, "plan", tiny))
+        command.stream(job(name, "plan", tiny))
     with pytest.raises(ResourceError, match="too small"):
-        streaming.stream(job(name, "bench", tiny, tiny))
+        command.stream(job(name, "bench", tiny, tiny))
 
 
 def test_verify_looks_at_everything_and_finds_nothing(tmp_path: Path, inline: None) -> None:
-    report = streaming.stream(job(streams.factory(tmp_path), "verify", HALF))
+    report = command.stream(job(streams.factory(tmp_path), "verify", HALF))
     checks = {check.name: check for check in did(report).checks}
     assert set(checks) == {"checksums", "outputs", "races", "order"} and all(check.passed for check in checks.values())
     assert all(gate.passed for gate in report.gates) and "fetched on demand" in checks["order"].detail
@@ -105,7 +107,7 @@ def test_verify_finds_a_wait_that_is_missing(tmp_path: Path, inline: None, monke
         monkeypatch.setattr("gpuopt.streaming.engines.simulated.SimulatedEngine.wait_compute", lambda self, event: None)
     else:
         monkeypatch.setattr("gpuopt.streaming.engines.simulated.SimulatedEngine.wait_copy", lambda self, event: None)
-    report = streaming.stream(job(streams.factory(tmp_path), "verify", HALF))
+    report = command.stream(job(streams.factory(tmp_path), "verify", HALF))
     assert any(not gate.passed for gate in report.gates)
 
 
@@ -119,16 +121,16 @@ def test_verify_finds_a_copy_of_other_bytes(tmp_path: Path, inline: None, monkey
             lane.target[3] ^= 0x40  # of an exponent
 
     monkeypatch.setattr(streamer.Streamer, "_fetch", swapped)
-    checks = {check.name: check.passed for check in did(streaming.stream(job(streams.factory(tmp_path), "verify", HALF))).checks}
+    checks = {check.name: check.passed for check in did(command.stream(job(streams.factory(tmp_path), "verify", HALF))).checks}
     assert checks["checksums"] is False and checks["outputs"] is False
 
 
 def test_a_packed_folder_is_what_a_disk_tier_reads(tmp_path: Path, inline: None) -> None:
     name, folder = streams.factory(tmp_path), tmp_path / "packed"
-    packed = did(streaming.stream(replace(job(name, "pack"), output=str(folder))))
+    packed = did(command.stream(replace(job(name, "pack"), output=str(folder))))
     assert packed.packed_bytes == sum(file.stat().st_size for file in folder.glob("unit-*.bin"))
     spec = StreamSpec(budget_share=0.5, disk=str(folder), pin_limit_bytes=1)
-    seen = did(streaming.stream(job(name, "run", spec, device="simulated:link=1e9,disk=1e8,block=0.05ms"))).rows[0].measured
+    seen = did(command.stream(job(name, "run", spec, device="simulated:link=1e9,disk=1e8,block=0.05ms"))).rows[0].measured
     assert set(seen.plan.homes.values()) == {"disk"} and seen.median_ms == pytest.approx(seen.plan.predicted_ms, rel=0.05)
 
 
@@ -142,11 +144,11 @@ def test_what_is_asked_is_refused_before_a_child_is_started(tmp_path: Path, monk
         (replace(job("m", "plan", HALF), candidates=()), "one model"),
     ):
         with pytest.raises(UsageError, match=said):
-            streaming.stream(asked)
+            command.stream(asked)
 
 
 def test_a_child_of_its_own_does_the_work(tmp_path: Path) -> None:
-    told = did(streaming.stream(job(streams.factory(tmp_path), "run", HALF)))
+    told = did(command.stream(job(streams.factory(tmp_path), "run", HALF)))
     assert told.rows[0].measured.num_calls == 6
 
 
@@ -154,21 +156,21 @@ def test_a_child_of_its_own_does_the_work(tmp_path: Path) -> None:
     ("text", "spec"), [("50%", {"budget_share": 0.5}), ("8GiB", {"budget_bytes": 8 << 30}), ("1.5GB", {"budget_bytes": 1_500_000_000})]
 )
 def test_a_budget_is_bytes_or_a_share(text: str, spec: dict[str, Any]) -> None:
-    assert streaming.spec_of(text) == StreamSpec(**spec)
-    assert streaming.spec_of(stream_arms.budget_text(StreamSpec(**spec))) == StreamSpec(**spec)
+    assert command.spec_of(text) == StreamSpec(**spec)
+    assert command.spec_of(arms.budget_text(StreamSpec(**spec))) == StreamSpec(**spec)
 
 
 @pytest.mark.parametrize("text", ["0%", "101%", "-1GiB", "0", "much", ""])
 def test_a_budget_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
-        streaming.spec_of(text)
+        command.spec_of(text)
 
 
 def test_a_device_on_paper_is_written_as_it_is_read() -> None:
-    device = stream_device.parse("simulated:link=25e9,block=0.5ms,activations=1GiB,schedule=random,seed=3")
-    assert (device.rate("link"), device.rate("pageable")) == (25e9, stream_device.RATES["pageable"])
+    device = parse("simulated:link=25e9,block=0.5ms,activations=1GiB,schedule=random,seed=3")
+    assert (device.rate("link"), device.rate("pageable")) == (25e9, RATES["pageable"])
     assert device.settings["block"] == 0.5 and device.settings["activations"] == 1 << 30 and device.schedule == "random"
-    assert stream_device.parse(str(device)).settings.items() >= device.settings.items()
+    assert parse(str(device)).settings.items() >= device.settings.items()
 
 
 @pytest.mark.parametrize(
@@ -177,7 +179,7 @@ def test_a_device_on_paper_is_written_as_it_is_read() -> None:
 )
 def test_a_device_there_is_none_of_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
-        stream_device.parse(text)
+        parse(text)
 
 
 def test_a_recipe_says_the_same_as_the_command_line() -> None:

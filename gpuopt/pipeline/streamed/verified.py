@@ -15,12 +15,12 @@ from torch import nn
 from gpuopt.core.errors import GpuoptError, ResourceError
 from gpuopt.core.streamed import StreamCheck
 from gpuopt.core.streaming import Anatomy, Plan
-from gpuopt.pipeline import stream_measured
-from gpuopt.pipeline.stream_calls import digest
+from gpuopt.pipeline.streamed import measured
+from gpuopt.pipeline.streamed.calls import digest
 from gpuopt.streaming.slabs import checksum
 
 if TYPE_CHECKING:
-    from gpuopt.pipeline.stream_session import StreamSession
+    from gpuopt.pipeline.streamed.session import StreamSession
 
 SEEDS = 4
 """Of random schedules and orders."""
@@ -189,4 +189,4 @@ def _listed(names: Sequence[str]) -> str:
 
 def capped(session: StreamSession, plan: Plan) -> AbstractContextManager[None]:
     """torch's allocator gets what the plan has for it and no byte more: a plan that takes more than it says fails here."""
-    return nullcontext() if session.device.is_simulated else stream_measured.held_to(plan, session.device.id)
+    return nullcontext() if session.device.is_simulated else measured.held_to(plan, session.device.id)

@@ -18,7 +18,8 @@ import gpuopt.models
 from gpuopt.core.spec import Candidate, DimSpec, InputSpec, Job, ModelRef
 from gpuopt.core.streamed import StreamRequest
 from gpuopt.core.streaming import StreamSpec
-from gpuopt.pipeline import isolate, stream_laid, streaming
+from gpuopt.pipeline import isolate
+from gpuopt.pipeline.streamed import command, laid
 from gpuopt.streaming import meta
 from gpuopt.streaming.owned import Owned
 
@@ -45,7 +46,7 @@ def job(name: str, action: str, *specs: StreamSpec, device: str = streams.DEVICE
 
 
 def done(asked: Job) -> Any:
-    found = streaming.stream(asked).streamed
+    found = command.stream(asked).streamed
     assert found is not None
     return found
 
@@ -53,8 +54,8 @@ def done(asked: Job) -> Any:
 @pytest.mark.parametrize("name", SIZES)
 def test_streamed_it_computes_what_the_whole_model_does(name: str, inline: None, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once: list[str] = []
-    whole = stream_laid.LaidWeights.materialize
-    monkeypatch.setattr(stream_laid.LaidWeights, "materialize", lambda self, names=None: (at_once.append(name), whole(self, names)))
+    whole = laid.LaidWeights.materialize
+    monkeypatch.setattr(laid.LaidWeights, "materialize", lambda self, names=None: (at_once.append(name), whole(self, names)))
     assert done(job(name, "run", TIGHT)).rows[0].measured.demand_fetches == 0
     assert not at_once, "its weights were only ever in the slabs"
     checks = {check.name: check.passed for check in done(job(name, "verify", TIGHT)).checks}
@@ -76,7 +77,7 @@ def test_a_packed_folder_is_that_of_the_model_held_in_memory(tmp_path: Path, inl
 
 @pytest.mark.parametrize("name", SIZES)
 def test_the_fingerprint_is_that_of_the_model_held_in_memory(name: str) -> None:
-    found = stream_laid.opened(ModelRef(text=f"gpuopt.models:{name}"))
+    found = laid.opened(ModelRef(text=f"gpuopt.models:{name}"))
     assert found is not None
     model, weights = found
     assert model.num_parameters == sum(p.numel() for p in weights.module.parameters())
@@ -88,8 +89,8 @@ def test_the_fingerprint_is_that_of_the_model_held_in_memory(name: str) -> None:
 
 
 def test_other_factories_are_none_of_its_business(tmp_path: Path) -> None:
-    assert stream_laid.opened(ModelRef(text="gpuopt.models:bert_large_tiny")) is None
-    assert stream_laid.opened(ModelRef(text=streams.factory(tmp_path))) is None
+    assert laid.opened(ModelRef(text="gpuopt.models:bert_large_tiny")) is None
+    assert laid.opened(ModelRef(text=streams.factory(tmp_path))) is None
 
 
 def test_a_plan_of_a_model_larger_than_this_machine_takes_no_memory(inline: None) -> None:
@@ -97,7 +98,7 @@ def test_a_plan_of_a_model_larger_than_this_machine_takes_no_memory(inline: None
     from gpuopt.programs.hollow import hollow
 
     before = hostmemory.peak_bytes() or 0
-    found = stream_laid.opened(ModelRef(text="gpuopt.models:llama_70b_half"))
+    found = laid.opened(ModelRef(text="gpuopt.models:llama_70b_half"))
     assert found is not None
     slab = torch.empty(8192, dtype=torch.bfloat16)
     found[1].fill("model.norm.weight", slab)

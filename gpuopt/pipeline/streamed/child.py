@@ -1,4 +1,4 @@
-"""The child of `gpuopt stream`: JSON requests in, one StreamSession, JSON answers out. Started by isolate.py as `python -m gpuopt.pipeline.stream_child IN OUT`."""
+"""The child of `gpuopt stream`: JSON requests in, one StreamSession, JSON answers out. Started by isolate.py as `python -m gpuopt.pipeline.streamed.child IN OUT`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ARGUMENTS: dict[str, Any] = {"candidate": Candidate, "request": StreamRequest, "
 
 def serve(requests: int, replies: int) -> None:
     """Answer until the requests end."""
-    from gpuopt.pipeline.stream_session import StreamSession
+    from gpuopt.pipeline.streamed.session import StreamSession
 
     out = os.fdopen(replies, "w", encoding="utf-8")
 

@@ -22,9 +22,10 @@ import streams
 from gpuopt.core.errors import Unavailable, Unsupported, UsageError
 from gpuopt.core.streamed import RIVALS, StreamArm, StreamRequest
 from gpuopt.core.streaming import StreamSpec
-from gpuopt.pipeline import isolate, stream_bench, stream_rivals, streaming
-from gpuopt.pipeline.stream_facts import Meters, Ready
-from gpuopt.pipeline.stream_rivals import dispatched, groups, putback, resident, shuttle
+from gpuopt.pipeline import isolate
+from gpuopt.pipeline.streamed import bench, command, rivals
+from gpuopt.pipeline.streamed.facts import Meters, Ready
+from gpuopt.pipeline.streamed.rivals import dispatched, groups, putback, resident, shuttle
 from gpuopt.streaming import anatomy
 
 
@@ -130,7 +131,7 @@ def test_accelerate_gives_the_same_bits_and_the_module_back(name: str, share: fl
     module = stack()
     found = anatomy.dissect(module)
     with unharmed(module) as wanted:
-        with stream_rivals.running(name, module, "cpu", int(share * found.weight_bytes), found) as setting, torch.inference_mode():
+        with rivals.running(name, module, "cpu", int(share * found.weight_bytes), found) as setting, torch.inference_mode():
             assert torch.equal(module(IDS), wanted) and torch.equal(module(IDS), wanted)
             moved = sum(next(layer.parameters()).is_meta for layer in module.layers)
             assert moved == (0 if share > 1 else 8 - int(setting.split()[0])) and (share > 1 or moved > 2)
@@ -156,7 +157,7 @@ def test_diffusers_gives_the_same_bits_and_the_module_back() -> None:
     module = stack()
     found = anatomy.dissect(module)
     with unharmed(module) as wanted:
-        with stream_rivals.running("diffusers", module, "cpu", 1, found) as setting, torch.inference_mode():
+        with rivals.running("diffusers", module, "cpu", 1, found) as setting, torch.inference_mode():
             hook = module._diffusers_hook.get_hook(groups.HOOK)
             assert hook.group.modules == [] and all(hasattr(layer, "_diffusers_hook") for layer in module.layers)
             assert torch.equal(module(IDS), wanted) and torch.equal(module(IDS), wanted)
@@ -218,15 +219,15 @@ def test_a_missing_package_names_its_pip_line_and_a_name_there_is_none_of_the_ot
         return there.get(name)
 
     monkeypatch.setattr(importlib.util, "find_spec", find)
-    stream_rivals.require("accelerate-pinned")
+    rivals.require("accelerate-pinned")
     with pytest.raises(Unavailable, match="mmgp and optimum-quanto are not installed") as caught:
-        stream_rivals.require("mmgp")
+        rivals.require("mmgp")
     assert caught.value.fix == "pip install mmgp optimum-quanto"
     with pytest.raises(UsageError, match="no rival"):
-        stream_rivals.require("airllm")
-    assert streaming.rivals_of(("none",)) == () and streaming.rivals_of(None) == ("accelerate",)
+        rivals.require("airllm")
+    assert command.rivals_of(("none",)) == () and command.rivals_of(None) == ("accelerate",)
     with pytest.raises(UsageError):
-        streaming.rivals_of(("none", "mmgp"))
+        command.rivals_of(("none", "mmgp"))
 
 
 @pytest.mark.parametrize(
@@ -235,9 +236,9 @@ def test_a_missing_package_names_its_pip_line_and_a_name_there_is_none_of_the_ot
 )
 def test_a_slow_rival_gets_few_calls_and_never_too_few(generate: int | None, call_s: float, forwards: int) -> None:
     request = StreamRequest(action="bench", generate=generate, calls=20)
-    turns = stream_bench.turns_of(request, call_s)
+    turns = bench.turns_of(request, call_s)
     assert sum(turns) * (generate or 1) == forwards
-    assert len(turns) >= 2 and max(turns) <= stream_bench.BLOCK_CALLS and min(turns) >= 1
+    assert len(turns) >= 2 and max(turns) <= bench.BLOCK_CALLS and min(turns) >= 1
 
 
 class Paper(streams.Inline):
@@ -257,16 +258,16 @@ class Paper(streams.Inline):
 
 
 def test_rivals_run_beside_each_budget_and_the_one_without_a_budget_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_streaming import did, job
+    from test_command import did, job
 
     monkeypatch.setattr(isolate, "Child", Paper)
-    monkeypatch.setattr(stream_bench, "stream_device", SimpleNamespace(parse=lambda text: SimpleNamespace(is_simulated=False)))
+    monkeypatch.setattr(bench, "device", SimpleNamespace(parse=lambda text: SimpleNamespace(is_simulated=False)))
     monkeypatch.setattr(Paper, "refused", ("mmgp",))
     specs = (StreamSpec(budget_share=0.5), StreamSpec(budget_share=0.8))
     asked = job(
         streams.factory(tmp_path), "bench", *specs, device="simulated:link=1e8,block=0.05ms", rivals=("diffusers", "accelerate", "mmgp")
     )
-    told = did(streaming.stream(asked))
+    told = did(command.stream(asked))
     resident_arm, *rows = told.arms
     assert [(arm.rival, arm.row, arm.budgeted) for arm in rows] == [
         ("diffusers", 0, False), ("accelerate", 0, True), ("mmgp", 0, True), ("accelerate", 1, True), ("mmgp", 1, True),
@@ -276,7 +277,7 @@ def test_rivals_run_beside_each_budget_and_the_one_without_a_budget_once(tmp_pat
             assert arm.median_ms is None and arm.reason == "it does not run this"
             continue
         assert arm.exact and arm.speedup == pytest.approx(arm.median_ms / told.rows[arm.row].measured.median_ms, rel=0.01)
-        assert arm.name == RIVALS[arm.rival].title and arm.num_calls >= stream_bench.RIVAL_CALLS
+        assert arm.name == RIVALS[arm.rival].title and arm.num_calls >= bench.RIVAL_CALLS
     assert all(row.measured.exact for row in told.rows) and resident_arm.rival is None
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from gpuopt.core.errors import Unsupported
 from gpuopt.core.streaming import Anatomy
-from gpuopt.pipeline.stream_rivals.putback import put_back, settle
+from gpuopt.pipeline.streamed.rivals.putback import put_back, settle
 
 MODEL = "model"
 """Its name for the only module it is given."""

@@ -16,8 +16,9 @@ from torch import nn
 
 from gpuopt.core.errors import OutOfMemory, UsageError
 from gpuopt.core.streaming import Calibration, StreamSpec
-from gpuopt.pipeline import stream_calls, stream_measured
-from gpuopt.pipeline.stream_live import streamed
+from gpuopt.pipeline.streamed import measured
+from gpuopt.pipeline.streamed.calls import same
+from gpuopt.pipeline.streamed.live import streamed
 from gpuopt.streaming import anatomy
 from gpuopt.streaming.engines.simulated import SimulatedEngine
 
@@ -32,19 +33,19 @@ def stack() -> nn.Module:
 def test_every_unit_of_a_provisional_plan_has_a_slot_that_holds_it() -> None:
     found = anatomy.dissect(stack())
     calibration = Calibration(device="d", link_bytes_per_s=1, pageable_bytes_per_s=1)
-    plan = stream_measured.provisional(found, StreamSpec(budget_share=0.5), calibration, resident=False)
+    plan = measured.provisional(found, StreamSpec(budget_share=0.5), calibration, resident=False)
     assert set(plan.binding) == {unit.name for unit in found.units} and not plan.resident
     assert all(unit.num_bytes <= plan.slots[unit.ring][plan.binding[unit.name]] for unit in found.units)
-    whole = stream_measured.provisional(found, StreamSpec(budget_share=0.5), calibration, resident=True)
+    whole = measured.provisional(found, StreamSpec(budget_share=0.5), calibration, resident=True)
     assert set(whole.resident) == {unit.name for unit in found.units} and not whole.binding and not whole.slots
 
 
 def test_outputs_are_equal_bit_for_bit_or_not_at_all() -> None:
     one = {"logits": torch.tensor([0.0, float("nan")]), "n": torch.tensor(3)}
-    assert stream_calls.same(one, {"logits": torch.tensor([0.0, float("nan")]), "n": torch.tensor(3)})
-    assert not stream_calls.same(one, {"logits": torch.tensor([-0.0, float("nan")]), "n": torch.tensor(3)})
-    assert not stream_calls.same(torch.zeros(2, 3), torch.zeros(3, 2))
-    assert not stream_calls.same(torch.zeros(2), torch.zeros(2, dtype=torch.float64))
+    assert same(one, {"logits": torch.tensor([0.0, float("nan")]), "n": torch.tensor(3)})
+    assert not same(one, {"logits": torch.tensor([-0.0, float("nan")]), "n": torch.tensor(3)})
+    assert not same(torch.zeros(2, 3), torch.zeros(3, 2))
+    assert not same(torch.zeros(2), torch.zeros(2, dtype=torch.float64))
 
 
 def test_a_live_module_is_streamed_and_given_back() -> None:

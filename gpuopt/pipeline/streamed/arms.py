@@ -17,11 +17,11 @@ from gpuopt.core.streamed import StreamArm, StreamReport, StreamRequest
 from gpuopt.core.streaming import Streamed, StreamSpec
 from gpuopt.pipeline import gates, isolate, machine
 from gpuopt.pipeline.isolate import ChildFailed
-from gpuopt.pipeline.stream_facts import Meters, Opened, Ready, Timed
+from gpuopt.pipeline.streamed.facts import Meters, Opened, Ready, Timed
 
 T = TypeVar("T")
 
-CHILD = "gpuopt.pipeline.stream_child"
+CHILD = "gpuopt.pipeline.streamed.child"
 BLOCK_CALLS = 5
 """Of one arm, before it is another's turn."""
 TURNS = 2

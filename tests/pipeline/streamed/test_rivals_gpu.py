@@ -15,8 +15,8 @@ import streams
 
 from gpuopt.core.errors import Unavailable
 from gpuopt.core.streamed import RIVALS
-from gpuopt.pipeline import stream_rivals
-from gpuopt.pipeline.stream_rivals import resident
+from gpuopt.pipeline.streamed import rivals
+from gpuopt.pipeline.streamed.rivals import resident
 from gpuopt.streaming import anatomy
 
 pytestmark = pytest.mark.gpu
@@ -34,7 +34,7 @@ def large() -> Any:
 @pytest.mark.parametrize("name", RIVALS)
 def test_a_rival_gives_the_same_bits_within_its_bytes_and_the_module_back(name: str) -> None:
     try:
-        stream_rivals.require(name)
+        rivals.require(name)
     except Unavailable as missing:
         pytest.skip(missing.message)
     module = large()
@@ -52,7 +52,7 @@ def test_a_rival_gives_the_same_bits_within_its_bytes_and_the_module_back(name: 
     for share in (0.5, 0.8):
         given = int(share * found.weight_bytes)
         torch.cuda.reset_peak_memory_stats()
-        with stream_rivals.running(name, module, DEVICE, given, found) as setting:
+        with rivals.running(name, module, DEVICE, given, found) as setting:
             for _ in range(4):
                 assert torch.equal(called(), wanted), setting
             # Activations are small here; a library may hold a block more than it says while it hands over.

@@ -14,7 +14,7 @@ import torch
 from gpuopt import loaders
 from gpuopt.core.errors import BadInput, Unavailable, UsageError
 from gpuopt.core.spec import Candidate, ModelRef
-from gpuopt.pipeline import stream_model
+from gpuopt.pipeline.streamed import model as stream_model
 from gpuopt.streaming import meta
 
 sys.path.insert(0, str(Path(__file__).parent))

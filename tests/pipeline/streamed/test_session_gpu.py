@@ -17,7 +17,7 @@ import streams
 from gpuopt.core.spec import Candidate, DimSpec, InputSpec, ModelRef
 from gpuopt.core.streamed import StreamRequest
 from gpuopt.core.streaming import StreamSpec
-from gpuopt.pipeline.stream_session import StreamSession
+from gpuopt.pipeline.streamed.session import StreamSession
 
 pytestmark = pytest.mark.gpu
 

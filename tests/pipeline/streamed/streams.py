@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from gpuopt.core import codec
-from gpuopt.pipeline import isolate, stream_child, worker
+from gpuopt.pipeline import isolate, worker
 from gpuopt.pipeline.facts import Failure
-from gpuopt.pipeline.stream_session import StreamSession
+from gpuopt.pipeline.streamed import child
+from gpuopt.pipeline.streamed.session import StreamSession
 
 FACTORY = """
 import torch
@@ -60,14 +61,14 @@ class Inline:
     alive = True
 
     def __init__(self, module: str, **_: Any) -> None:
-        assert module == "gpuopt.pipeline.stream_child"
+        assert module == "gpuopt.pipeline.streamed.child"
         self.pid = next(_pids)
         self.session = StreamSession()
 
     def call(self, verb: str, result: Any, *, timeout_s: float, on_progress: Any = None, **arguments: Any) -> Any:
         Inline.asked.append(verb)
         plain = {k: codec.dump(v) if hasattr(v, "__dataclass_fields__") else v for k, v in arguments.items()}
-        given = {k: codec.from_plain(stream_child.ARGUMENTS[k], v) if k in stream_child.ARGUMENTS else v for k, v in plain.items()}
+        given = {k: codec.from_plain(child.ARGUMENTS[k], v) if k in child.ARGUMENTS else v for k, v in plain.items()}
         try:
             found = getattr(self.session, verb)(**given)
         except Exception as error:

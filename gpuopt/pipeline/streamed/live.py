@@ -15,9 +15,9 @@ from gpuopt.core.spec import Candidate, ModelRef
 from gpuopt.core.streamed import StreamRequest
 from gpuopt.core.streaming import Plan, StreamSpec
 from gpuopt.devices import info
-from gpuopt.pipeline import livemodel, stream_device
-from gpuopt.pipeline.stream_device import StreamDevice
-from gpuopt.pipeline.stream_session import StreamSession
+from gpuopt.pipeline import livemodel
+from gpuopt.pipeline.streamed.device import StreamDevice, parse
+from gpuopt.pipeline.streamed.session import StreamSession
 
 
 class StreamedModule:
@@ -83,7 +83,7 @@ def streamed(module: torch.nn.Module, inputs: Any, spec: StreamSpec, *, device: 
         raise UsageError(f"a torch.nn.Module is wanted, not {type(module).__name__}", fix="pass the module itself")
     if generate is not None and inputs is None:
         raise UsageError("generation is planned on a prompt", fix="inputs={'input_ids': ids}")
-    where = stream_device.parse(device)
+    where = parse(device)
     if not where.is_simulated:
         found = info.resolve(where.id)
         if not found.startswith("cuda"):

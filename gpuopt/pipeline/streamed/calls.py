@@ -12,7 +12,7 @@ import torch
 from gpuopt.accuracy import compare
 from gpuopt.core.live import Inputs
 from gpuopt.core.streaming import Anatomy
-from gpuopt.pipeline.stream_facts import Answer, Timed
+from gpuopt.pipeline.streamed.facts import Answer, Timed
 from gpuopt.timing import clocks
 
 WARM_TOKENS = 4

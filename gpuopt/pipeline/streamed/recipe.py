@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gpuopt.core import units
 from gpuopt.core.errors import UsageError
 from gpuopt.core.streamed import ACTIONS, StreamRequest
-from gpuopt.pipeline import streaming
+from gpuopt.pipeline.streamed import command
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ def request_of(entry: StreamEntry, generate: int | None) -> StreamRequest:
     if generate is not None and generate < 2:
         raise UsageError(f"generate is {generate}: one token is the prompt's forward", fix="a whole number from 2")
     specs = [
-        streaming.spec_of(
+        command.spec_of(
             text,
             pin_limit_bytes=None if entry.pin_limit is None else units.parse_bytes(entry.pin_limit),
             disk=entry.disk,
@@ -63,6 +63,6 @@ def request_of(entry: StreamEntry, generate: int | None) -> StreamRequest:
         generate=generate,
         calls=entry.calls,
         forwards=entry.forwards,
-        rivals=streaming.rivals_of((entry.rival,) if isinstance(entry.rival, str) else entry.rival),
+        rivals=command.rivals_of((entry.rival,) if isinstance(entry.rival, str) else entry.rival),
         alone=entry.alone,
     )
