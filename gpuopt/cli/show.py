@@ -83,11 +83,17 @@ def run_all(
         known: dict[int, Report] = {}
 
         whole: set[int] = set()
+        unwritten: dict[int, GpuoptError] = {}
 
         def keep(number: int, report: Report, is_whole: bool) -> None:
             known[number] = report
             whole.update([number] if is_whole else [])
-            sinks[number].write_partial(report)
+            try:
+                sinks[number].write_partial(report)
+            except GpuoptError as error:  # a full disk ends no other recipe: it is told when all are done
+                unwritten[number] = error
+            else:
+                unwritten.pop(number, None)
 
         with Screen(quiet=quiet, on_report=lambda report: None) as screen:
             try:
@@ -97,9 +103,14 @@ def run_all(
                     if number not in whole:
                         with contextlib.suppress(GpuoptError):  # the first error is the one to tell
                             sinks[number].write(_failed(job, known.get(number), error))
+                with contextlib.suppress(GpuoptError):  # what is done is not lost with the others, also where --json keeps nothing
+                    for number in sorted(whole):
+                        emit(f"{names[number]}\n\n{rendered(known[number])}\n")
                 raise
     for name, report in zip(names, reports, strict=True):
         emit(f"{name}\n\n{rendered(report)}\n")
+    if unwritten:
+        raise next(iter(unwritten.values()))
     return max(exit_code(report, strict=job.strict) for job, report in zip(jobs, reports, strict=True))
 
 

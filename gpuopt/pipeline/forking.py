@@ -10,6 +10,8 @@ Nothing is imported in the zygote while a command measures: what its children wi
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import itertools
 import json
 import os
 import signal
@@ -58,6 +60,7 @@ ADOPTED = frozenset(
 VARIABLE = "GPUOPT_FORK"
 """0: every child is a new process, for whoever finds a library that cannot be forked."""
 MAX_SOURCES = 30
+MAX_ENTRIES = 10_000
 MAX_SOURCE_BYTES = 1 << 18
 """Of a factory's file, looked through for what it imports."""
 START_TIMEOUT_S = 300.0
@@ -75,17 +78,22 @@ class Forked:
         self.pid = pid
         self.stderr: IO[bytes] | None = stderr
         self._zygote = zygote
+        self._code: int | None = None
+        """Once known, for good: its number may be another child's later."""
 
     def poll(self) -> int | None:
         """Its exit code, negative for a signal; None while it runs."""
-        return self._zygote.code(self.pid)
+        if self._code is None:
+            self._code = self._zygote.code(self.pid)
+        return self._code
 
     def wait(self, timeout: float | None = None) -> int:
         """Raises subprocess.TimeoutExpired."""
-        code = self._zygote.wait(self.pid, timeout)
-        if code is None:
+        if self._code is None:
+            self._code = self._zygote.wait(self.pid, timeout)
+        if self._code is None:
             raise subprocess.TimeoutExpired("worker", timeout or 0.0)
-        return code
+        return self._code
 
     def send_signal(self, number: int) -> None:
         """Nothing where it has ended: its number may be somebody else's by now."""
@@ -104,13 +112,15 @@ class Zygote:
         self._process: subprocess.Popen[bytes] | None = None
         self._changed = threading.Condition()
         self._asking = threading.Lock()
-        self._answers: list[Mapping[str, Any]] = []
+        self._answers: dict[int, Mapping[str, Any]] = {}
+        """By the number of their request: whoever asked may have been interrupted, and the next one must not get that child."""
+        self._asked = 0
         self._codes: dict[int, int] = {}
         self._is_gone = False
         self._pending = dict.fromkeys(name for name in expected if name in SLOW)
 
     def _start(self) -> None:
-        self._link, theirs = socket.socketpair()
+        self._link, theirs = (socket.socket(fileno=above_streams(end.detach())) for end in socket.socketpair())
         self._process = subprocess.Popen(
             [sys.executable, "-m", "gpuopt.pipeline.zygote", str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
@@ -139,7 +149,9 @@ class Zygote:
         if differing:
             raise self._no(f"{', '.join(sorted(differing))} differ from what its imports saw")
         with self._asking:
-            frames: list[dict[str, Any]] = [{"fork": module, "environment": dict(environment)}]
+            self._asked += 1
+            number = self._asked
+            frames: list[dict[str, Any]] = [{"fork": module, "number": number, "environment": dict(environment), "folder": os.getcwd()}]
             if self._process is None:
                 self._start()
             elif self._pending:  # the first child measures the machine, and needs none of them
@@ -149,13 +161,13 @@ class Zygote:
                 for frame in frames:
                     data = json.dumps(frame).encode() + b"\n"
                     if "fork" in frame:
-                        sent = socket.send_fds(self._link, [data[:1]], list(fds))
+                        sent = socket.send_fds(self._link, [data], list(fds))
                         self._link.sendall(data[sent:])
                     else:
                         self._link.sendall(data)
             except OSError as error:
                 raise self._no("the process that forks has ended") from error
-            answer = self._answer()
+            answer = self._answer(number)
         if "pid" not in answer:
             raise self._no(str(answer.get("cannot", "the process that forks has ended")))
         self.refused = ""
@@ -165,16 +177,16 @@ class Zygote:
         self.refused = why
         return Refused(why)
 
-    def _answer(self) -> Mapping[str, Any]:
+    def _answer(self, number: int) -> Mapping[str, Any]:
         deadline = time.monotonic() + START_TIMEOUT_S
         with self._changed:
-            while not self._answers:
+            while number not in self._answers:
                 if self._is_gone:
                     return {}
                 if not self._changed.wait(timeout=max(0.0, deadline - time.monotonic())) and time.monotonic() >= deadline:
                     self._kill()
                     return {"cannot": f"no answer in {START_TIMEOUT_S:g} s"}
-            return self._answers.pop(0)
+            return self._answers.pop(number)
 
     def _read(self) -> None:
         buffer = b""
@@ -202,7 +214,7 @@ class Zygote:
         elif "pid" in frame or "cannot" in frame:
             if "pid" in frame:  # before its end can be heard of: a number may come twice in a long life
                 self._codes.pop(frame["pid"], None)
-            self._answers.append(frame)
+            self._answers[frame["number"]] = frame
 
     def code(self, pid: int) -> int | None:
         """How this child ended; None while it runs."""
@@ -248,27 +260,52 @@ def spared_s(backend: str, module: object) -> float:
     return sum(SPARED[name] for name in names)
 
 
-_kept: list[Zygote] = []
+class _Kept(threading.local):
+    """A thread's own: a command of another thread ends its children with itself. And a process's own: whoever forked has a copy of the list and of nobody who reads."""
+
+    def __init__(self) -> None:
+        self.zygote: Zygote | None = None
+        self.owner = 0
+
+
+_kept = _Kept()
 
 
 def current() -> Zygote | None:
-    """That of the command that runs now in this process; None where there is none."""
-    return _kept[-1] if _kept else None
+    """That of the command that runs now in this thread; None where there is none."""
+    return _kept.zygote if _kept.owner == os.getpid() else None
+
+
+def above_streams(fd: int) -> int:
+    """The same with a number above stderr's: a command whose streams are closed gets theirs, and a child's own would be laid over it."""
+    if fd > 2:
+        return fd
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(fd)
+
+
+def pipe() -> tuple[int, int]:
+    """Read and write end, neither of them in the place of a standard stream."""
+    r, w = os.pipe()
+    return above_streams(r), above_streams(w)
 
 
 @contextmanager
 def kept(environment: Mapping[str, str], expected: Iterable[str] = ()) -> Iterator[Zygote | None]:
     """Within, children are forked. Commands within commands use the outermost's. None where the system cannot fork safely, and where GPUOPT_FORK=0."""
-    if _kept or sys.platform != "linux" or os.environ.get(VARIABLE) == "0":
+    if current() is not None or sys.platform != "linux" or os.environ.get(VARIABLE) == "0":
         yield current()
         return
     zygote = Zygote(environment, expected)
-    _kept.append(zygote)
+    _kept.zygote, _kept.owner = zygote, os.getpid()
     try:
         yield zygote
     finally:
-        _kept.remove(zygote)
-        zygote.close()
+        if _kept.owner == os.getpid():
+            _kept.zygote = None
+            zygote.close()
 
 
 def imported() -> frozenset[str]:
@@ -299,7 +336,10 @@ def _names_transformers(text: str) -> bool:
     found = next((file for file in files if os.path.isfile(file)), None)
     if found is None:
         return False
-    beside = sorted(entry.path for entry in os.scandir(os.path.dirname(found) or ".") if entry.name.endswith(".py") and entry.is_file())
+    beside: list[str] = []
+    with contextlib.suppress(OSError), os.scandir(os.path.dirname(found) or ".") as entries:  # a folder that may be entered and not listed
+        few = itertools.islice(entries, MAX_ENTRIES)
+        beside = sorted(entry.path for entry in few if entry.name.endswith(".py") and entry.is_file())
     return any(_mentions(file, b"transformers") for file in [found, *beside[:MAX_SOURCES]])
 
 

@@ -90,6 +90,8 @@ def roll(
         # Left last: the children are gone by then, so no thread still waits for one.
         builders = stack.enter_context(ThreadPoolExecutor(max_workers=max(1, jobs)))
         sets = [_Built(wave, stack.enter_context(ExitStack()), builders, jobs) for wave in waves]
+        for one in sets:
+            stack.callback(one.end)
         for index, mine in enumerate(sets):
             later = sets[index + 1 :]
             while not mine.is_ready:
@@ -100,9 +102,13 @@ def roll(
                     chosen = mine if mine.is_waiting else following
                     if chosen is not None:
                         chosen.start(beside=chosen is not mine)
+                        mine.was_beside |= chosen is not mine
                         continue
                 _some_done(building)
                 on_update(index, mine.runs)
+            if mine.may_owe:  # what is built ahead holds memory of the device, also while it stands still
+                for other in later:
+                    other.give_back()
             with _still(later):
                 mine.build_again()
                 waiting = iter(mine.seats)
@@ -125,8 +131,8 @@ class _Built:
         self._builders, self._jobs = builders, jobs
         self._left = deque(wave.candidates)
         self._building: set[Future[None]] = set()
-        self._was_beside = False
-        """Of a wave before it: whatever failed for want of room may do better in its own turn."""
+        self.was_beside = False
+        """Another wave: whatever failed for want of room may do better alone."""
 
     @property
     def building(self) -> set[Future[None]]:
@@ -153,15 +159,35 @@ class _Built:
 
     def start(self, *, beside: bool) -> None:
         """The next one's child. Children are started here and not by the builders: the kernel ends a child with the thread that started it."""
-        self._was_beside |= beside
+        self.was_beside |= beside
         candidate = self._left.popleft()
         seat = self._seated(candidate, self._jobs)
         self.seats.append(seat)
         self._building.add(self._builders.submit(self._prepared, seat))
 
+    @property
+    def may_owe(self) -> bool:
+        """Some of them may have ended because of another wave."""
+        return self.was_beside and any(not seat.ok and seat.run.status in PASSING for seat in self.seats)
+
+    def end(self) -> None:
+        """No child and no builder is left: in this order, as closing would give the pipes that a builder reads from to others."""
+        for seat in self.seats:
+            seat.child.kill()
+        wait(self._building)
+        self._building.clear()
+        self.stack.close()
+
+    def give_back(self) -> None:
+        """End those that were built ahead: all of them wait for their turn again."""
+        self.end()
+        self.seats.clear()
+        self.was_beside = False
+        self._left = deque(self.wave.candidates)
+
     def build_again(self) -> None:
         """Those that may owe their end to another wave, one after the other."""
-        if not self._was_beside:
+        if not self.may_owe:
             return
         for number, seat in enumerate(self.seats):
             if not seat.ok and seat.run.status in PASSING:
@@ -174,10 +200,10 @@ class _Built:
         return self.stack.enter_context(seated(candidate, wave.job, wave.progress, cores))
 
     def _prepared(self, seat: Seat) -> None:
-        if self._jobs > 1 and (self._was_beside or len(self.wave.candidates) > 1):
-            note = "built beside other candidates: its compile time and cold start are upper bounds"
-            seat.run = replace(seat.run, notes=(*seat.run.notes, note))
         prepare(seat, self.wave.job)
+        if self._jobs > 1 and (self.was_beside or len(self.wave.candidates) > 1):
+            note = "built beside other candidates: its compile time and cold start are upper bounds"
+            seat.run = replace(seat.run, notes=(note, *seat.run.notes))
 
 
 @contextmanager

@@ -55,12 +55,19 @@ class Child:
     """One worker process; use it as a context manager, so that nothing is left running."""
 
     def __init__(self, module: str = "gpuopt.pipeline.worker", *, environment: Mapping[str, str] | None = None) -> None:
-        request_read, request_write = os.pipe()
-        reply_read, reply_write = os.pipe()
-        self.started = time.monotonic()
-        self._process = _started(module, request_read, reply_write, {**os.environ, **child_environment(), **(environment or {})})
-        os.close(request_read)
-        os.close(reply_write)
+        values = {**os.environ, **child_environment(), **(environment or {})}
+        self._zygote = forking.current()
+        with contextlib.ExitStack() as unless_started:
+            request_read, request_write = forking.pipe()
+            unless_started.callback(os.close, request_write)
+            with contextlib.ExitStack() as theirs:
+                theirs.callback(os.close, request_read)
+                reply_read, reply_write = forking.pipe()
+                unless_started.callback(os.close, reply_read)
+                theirs.callback(os.close, reply_write)
+                self.started = time.monotonic()
+                self._process = _started(module, request_read, reply_write, values, self._zygote)
+            unless_started.pop_all()  # a child nobody got (Ctrl-C) hears the end of its requests, and ends
         self._requests = request_write
         self._replies = reply_read
         self._buffer = b""
@@ -68,6 +75,8 @@ class Child:
         self._drain = threading.Thread(target=self._drain_stderr, daemon=True)
         self._drain.start()
         self._killed_for: str | None = None
+        self._is_killed = False
+        self._closing = threading.Lock()
         self._stood_s = 0.0
         self._paused_at: float | None = None
         self._owed = 0
@@ -121,9 +130,8 @@ class Child:
             self._owed -= 1
             if self._owed:
                 continue  # it answers a call that Ctrl-C ended
-            zygote = forking.current()
-            if zygote is not None:
-                zygote.expect(reply.get("imported", ()))
+            if self._zygote is not None:
+                self._zygote.expect(reply.get("imported", ()))
             if "error" in reply:
                 raise _failed(codec.from_plain(Failure, reply["error"], what="worker"))
             return codec.from_plain(result, reply["ok"], what=f"worker {verb}")
@@ -180,8 +188,8 @@ class Child:
         """Let it stand still, and the time limit of its step with it. Compilers it started finish the piece they are at: a group that stood still would stay for
         ever where this process is killed meanwhile, since what they watch is their parent's end."""
         if self._paused_at is None:
+            self._paused_at = time.monotonic()  # first: whatever interrupts the next line, `resume` knows
             self._process.send_signal(signal.SIGSTOP)  # nothing where it has ended: its number may be somebody else's by now
-            self._paused_at = time.monotonic()
 
     def resume(self) -> None:
         """Go on. Harmless where it was not paused."""
@@ -198,6 +206,8 @@ class Child:
 
     def kill(self) -> None:
         """End the child and everything it started. Harmless twice."""
+        if self._is_killed:
+            return  # long ago, maybe: its number may be another group's by now
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGTERM)
         self.resume()  # what stands still takes no SIGTERM
@@ -208,6 +218,7 @@ class Child:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             # Always: the leader may have gone and left a compiler behind that ignores SIGTERM.
             os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.send_signal(signal.SIGKILL)  # a copy that leads no group yet
         self._process.wait()
         # Its descendants are the init process's to reap; give the kernel a moment, so that device memory is back before the next child.
         deadline = time.monotonic() + GROUP_GRACE_S
@@ -215,6 +226,7 @@ class Child:
             while time.monotonic() < deadline:
                 os.killpg(self._process.pid, 0)
                 time.sleep(0.01)
+        self._is_killed = True
 
     def close(self) -> None:
         """Ask it to end, then make sure."""
@@ -224,10 +236,11 @@ class Child:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=5.0)
         self.kill()
-        for fd in (self._requests, self._replies):
+        with self._closing:  # who builds it and who ends it may both come here: a number closed twice is somebody else's the second time
+            fds, self._requests, self._replies = (self._requests, self._replies), -1, -1
+        for fd in fds:
             with contextlib.suppress(OSError):
                 os.close(fd)
-        self._requests = self._replies = -1
         self._drain.join(timeout=1.0)
         if self._process.stderr is not None and not self._drain.is_alive():
             self._process.stderr.close()
@@ -241,15 +254,19 @@ class Child:
         self.close()
 
 
-def _started(module: str, requests: int, replies: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes] | forking.Forked:
+def _started(
+    module: str, requests: int, replies: int, environment: Mapping[str, str], zygote: forking.Zygote | None
+) -> subprocess.Popen[bytes] | forking.Forked:
     """A copy of the command's zygote where it has one, a new process where not."""
-    zygote = forking.current()
     if zygote is not None:
-        said, says = os.pipe()
+        said, says = forking.pipe()
         try:
             pid = zygote.fork(module, environment, (requests, replies, says))
         except forking.Refused:
             os.close(said)  # a new process is as good, and slower; `zygote.refused` keeps the reason
+        except BaseException:
+            os.close(said)
+            raise
         else:
             return forking.Forked(zygote, pid, os.fdopen(said, "rb"))
         finally:

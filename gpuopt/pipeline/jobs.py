@@ -103,8 +103,12 @@ def bench_all(
     built in the meantime, stand still. `on_report` gets a job's number and report whenever more of it is known, and whether that is all. Raises UsageError for jobs that cannot be done so."""
     progress = progress or Silent()
     on_report = on_report or (lambda number, report, is_whole: None)
+    if not jobs:
+        raise UsageError("nothing to bench", fix="gpuopt run RECIPE…")
     first = jobs[0]
     for job in jobs:
+        if job.gates.baseline is not None:
+            codec.read_json(Report, Path(job.gates.baseline))  # before hours of measuring, not after
         if job.verb != "bench" or job.generate is not None or not job.candidates:
             what = "generates" if job.verb == "bench" and job.generate is not None else f"is of the verb {job.verb}"
             raise UsageError(f"one of the recipes {what}, and no bench of single calls", fix="run it alone")

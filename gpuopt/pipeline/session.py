@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -30,7 +30,7 @@ from gpuopt.core import codec
 from gpuopt.core.errors import GpuoptError, Unsupported, UsageError
 from gpuopt.core.generation import GenerateSpec, GenerationBuilt, TokenTimes
 from gpuopt.core.live import Inputs, Model, Runner
-from gpuopt.core.result import Accuracy, Count, Device, Manifest, Samples, Sensitivity
+from gpuopt.core.result import Accuracy, Count, Device, Manifest, PrecisionAudit, Samples, Sensitivity
 from gpuopt.core.spec import BenchSpec, Candidate, EvalSpec, ModelRef, Precision, Tolerance, Transforms
 from gpuopt.devices import info
 from gpuopt.doctor import diagnose as doctor
@@ -52,6 +52,7 @@ from gpuopt.pipeline import (
     references,
     route,
     sensitivity,
+    shortfall,
     stress,
     traits,
     verification,
@@ -220,6 +221,8 @@ class Session:
             clocks.for_device(candidate.device).synchronize()
             cold_start_s = time.monotonic() - self._started
         audit = self._runner.audit() if self._manifest is None or executable else None
+        if audit is not None and self._manifest is None and executable and model.form == "module":
+            audit = shortfall.judged(audit, lambda: self._audit_of_eager(candidate))
         host_peak_bytes = hostmemory.peak_bytes()
         # A cast says nothing new; what was quantised, and what was not, no other part of a report says.
         notes = [
@@ -238,6 +241,14 @@ class Session:
             transforms=transforms,
             notes=tuple(notes),
         )
+
+    def _audit_of_eager(self, candidate: Candidate) -> PrecisionAudit | None:
+        """What plain eager computes the changed module in, on the same inputs."""
+        assert self._runner is not None
+        if self._is_eager() or self._changed is None or self._changed.form != "module":
+            return self._runner.audit() if self._is_eager() else None
+        given = self._drawn().sample(self._precision, candidate.device)
+        return cast(PrecisionAudit | None, load_backend("eager").build(self._changed, given, {"precision": self._precision.value}).audit())
 
     def _construct(
         self,

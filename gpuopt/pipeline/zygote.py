@@ -3,8 +3,8 @@
 torch, its compiler and transformers take 4 to 15 seconds to import; a fork takes hundredths. The fork is safe only while this process has one thread of Python, has never
 initialised CUDA and has run no operator: so it imports, forks and waits, and does nothing else. Where an import did more than that, it says so and forks no child.
 
-Requests are one JSON line each with file descriptors beside it: {"fork": module, "environment": {...}} with (requests, replies, stderr), or {"import": [names]}. Answers:
-{"ready": true}, {"pid": n} or {"cannot": why} for each request of a child, in their order, and {"ended": [pid, exit code]} for each that ended.
+Requests are one JSON line each with file descriptors beside it: {"fork": module, "number": n, "environment": {...}, "folder": cwd} with (requests, replies, stderr), or
+{"import": [names]}. Answers: {"ready": true}, {"pid": n} or {"cannot": why} with the number of each request of a child, and {"ended": [pid, exit code]} for each that ended.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class _Zygote:
                     continue
                 mine, fds = fds[:3], fds[3:]
                 try:
-                    self._answer(request["fork"], request["environment"], mine, (woken, wake))
+                    self._answer(request, mine, (woken, wake))
                 finally:
                     for fd in mine:
                         os.close(fd)
@@ -102,29 +102,41 @@ class _Zygote:
                 continue
             began = time.monotonic()
             # Whatever a library raises while it is imported: the child that wants it meets the same and tells the user.
-            with contextlib.suppress(Exception), warnings.catch_warnings():
+            with contextlib.suppress(Exception, SystemExit), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 importlib.import_module(name)
             self._spared[name] = time.monotonic() - began
         gc.freeze()
 
-    def _answer(self, module: str, environment: Mapping[str, str], fds: Sequence[int], others: Sequence[int]) -> None:
-        why = unsafe()
+    def _answer(self, request: Mapping[str, Any], fds: Sequence[int], others: Sequence[int]) -> None:
+        number = request["number"]
+        why = unsafe() or ("too few descriptors are left for its pipes" if len(fds) < 3 else "")
         if why:
-            self._send({"cannot": why})
+            self._send({"cannot": why, "number": number})
             return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python 3.12 warns of threads: numpy's BLAS has some, and parks them for a fork
-            pid = os.fork()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python 3.12 warns of threads: numpy's BLAS has some, and parks them for a fork
+                pid = os.fork()
+        except OSError as error:  # no memory, or as many processes as there may be: the children that run must not end for it, as they would with this process
+            self._send({"cannot": f"a process cannot be copied: {error.strerror}", "number": number})
+            return
         if pid == 0:
             signal.set_wakeup_fd(-1)
             for fd in others:
                 os.close(fd)
             self._link.close()
             forking.SPARED.update(self._spared)
-            become(module, environment, fds, imports_s=self._imports_s, keeps_check=self._keeps_check)
+            become(
+                request["fork"],
+                request["environment"],
+                fds,
+                imports_s=self._imports_s,
+                keeps_check=self._keeps_check,
+                folder=request["folder"],
+            )
         self._children.add(pid)
-        self._send({"pid": pid})
+        self._send({"pid": pid, "number": number})
 
     def _reap(self) -> None:
         while self._children:
@@ -165,7 +177,9 @@ def _driver_is_initialised() -> bool:
     return int(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int()))) != NOT_INITIALISED
 
 
-def become(module: str, environment: Mapping[str, str], fds: Sequence[int], *, imports_s: float, keeps_check: bool) -> NoReturn:
+def become(
+    module: str, environment: Mapping[str, str], fds: Sequence[int], *, imports_s: float, keeps_check: bool, folder: str
+) -> NoReturn:
     """What exec would have done, in the copy: a session, streams and variables of its own, then `module.main()`. Never returns."""
     code = 1
     try:
@@ -179,7 +193,11 @@ def become(module: str, environment: Mapping[str, str], fds: Sequence[int], *, i
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.chdir(folder)
         _adopt(environment, keeps_check)
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
+            numpy.random.seed()  # Python draws anew after a fork and numpy does not: every child would draw the same "random" weights
         gc.enable()
         sys.argv = [module, str(requests), str(replies)]
         from gpuopt.pipeline import worker

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpuopt.cli import app
+from gpuopt.core.errors import ResourceError
 
 RECIPE = """
 verb: bench
@@ -60,3 +61,44 @@ def test_a_verb_that_is_no_bench_is_refused_before_anything_runs(
     )
     assert app.run(["run", str(recipes[0]), str(other)]) == 2
     assert "no bench" in capsys.readouterr().err
+
+
+def fake(tmp_path: Path, fail_last: bool = False) -> list[int]:
+    from gpuopt.cli import show
+    from gpuopt.core.result import SCHEMA_VERSION, Environment, Report
+    from gpuopt.core.spec import Job
+
+    asked = [Job(verb="bench", command=name) for name in ("one", "two")]
+
+    def act(jobs: list[Job], screen: object, *, on_report: object) -> list[Report]:
+        environment = Environment(gpuopt="1", python="3", platform="x")
+        found = []
+        for number, job in enumerate(jobs):
+            if fail_last and number:
+                raise KeyboardInterrupt
+            found.append(Report(schema_version=SCHEMA_VERSION, command=job.command, verb="bench", environment=environment))
+            on_report(number, found[-1], True)  # type: ignore[operator]
+            finished.append(number)
+        return found
+
+    finished: list[int] = []
+    try:
+        show.run_all([Path("one.yaml"), Path("two.yaml")], asked, act, folder=None if fail_last else str(tmp_path / "out"), quiet=True)
+    except (KeyboardInterrupt, ResourceError):
+        return finished
+    raise AssertionError("it ended well")
+
+
+def test_a_report_that_cannot_be_written_ends_no_other_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpuopt.cli import show
+
+    def full(self: object, report: object) -> None:
+        raise ResourceError("the disk is full", fix="free some space")
+
+    monkeypatch.setattr(show.JsonSink, "write_partial", full)
+    assert fake(tmp_path) == [0, 1]
+
+
+def test_what_is_done_is_shown_when_the_rest_is_interrupted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fake(tmp_path, fail_last=True) == [0]
+    assert capsys.readouterr().out.startswith("one\n")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -240,3 +241,103 @@ def test_a_factorys_file_is_read_and_not_run_to_know_what_it_imports(tmp_path: P
     (tmp_path / "net.py").write_text(f"{source}\nraise SystemExit('it was run')\n")
     candidates = tuple(Candidate(model=ModelRef(text=f"{tmp_path}/net.py:net"), dims={"N": n}) for n in (1, 2))
     assert forking.expected_of([Job(verb="bench", candidates=candidates)]) == wanted
+
+
+def test_a_folder_that_cannot_be_listed_tells_nothing_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "net.py").write_text("import torch\n")
+
+    def closed(path: str) -> Any:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(forking.os, "scandir", closed)
+    assert not forking._names_transformers(f"{tmp_path}/net.py:net")
+
+
+def test_a_command_of_another_thread_has_children_of_its_own() -> None:
+    """Else they would end with the command whose they are not."""
+    seen: list[Any] = []
+    with forking.kept(dict(os.environ)) as own:
+        other = threading.Thread(target=lambda: seen.append(forking.current()))
+        other.start()
+        other.join()
+        assert forking.current() is own and seen == [None]
+        with forking.kept(dict(os.environ)) as inner:
+            assert inner is own
+
+
+def test_whoever_forks_this_process_has_no_zygote() -> None:
+    with forking.kept(dict(os.environ)):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if forking.current() is None else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_fork_that_fails_ends_none_of_the_children_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+    made = zygote._Zygote(None, imports_s=0.0, keeps_check=False)  # type: ignore[arg-type]
+    monkeypatch.setattr(made, "_send", sent.append)
+    monkeypatch.setattr(zygote, "unsafe", lambda: "")
+
+    def full() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(zygote.os, "fork", full)
+    made._answer({"fork": "fake_worker", "number": 7, "environment": {}, "folder": "/"}, (3, 4, 5), ())
+    assert sent == [{"cannot": "a process cannot be copied: Resource temporarily unavailable", "number": 7}]
+    made._answer({"fork": "fake_worker", "number": 8, "environment": {}, "folder": "/"}, (3,), ())
+    assert "descriptors" in sent[1]["cannot"]
+
+
+def test_a_request_that_was_interrupted_gives_its_child_to_nobody(kept: forking.Zygote, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {"PYTHONPATH": HERE}
+    with Child("fake_worker", environment=here):
+        pass
+    before = len(os.listdir("/proc/self/fd"))
+
+    def interrupted(number: int) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "_answer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Child("fake_worker", environment=here)
+    assert len(os.listdir("/proc/self/fd")) == before
+    with Child("fake_worker", environment=here) as child:
+        child.call("echo", Measured, timeout_s=20, ns=[1])
+        (orphan,) = [answer["pid"] for answer in kept._answers.values()]
+        assert orphan != child.pid
+        deadline = time.monotonic() + 10
+        while _runs(orphan) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not _runs(orphan)
+    kept._answers.clear()
+
+
+def test_how_a_child_ended_is_not_forgotten_when_its_number_comes_again() -> None:
+    own = forking.Zygote({})
+    own._hear({"pid": 4, "number": 1})
+    first = forking.Forked(own, 4, None)  # type: ignore[arg-type]
+    own._hear({"ended": [4, 3]})
+    assert first.poll() == 3
+    own._hear({"pid": 4, "number": 2})
+    assert first.poll() == 3 and forking.Forked(own, 4, None).poll() is None  # type: ignore[arg-type]
+
+
+def test_a_fork_draws_numbers_of_its_own_and_is_where_its_parent_is(
+    kept: forking.Zygote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "drawing.py").write_text(
+        "import json, os, random, sys\nimport numpy\n\n\ndef main():\n"
+        "    told = json.dumps({'progress': [None, json.dumps([os.getcwd(), random.random(), numpy.random.rand()])]})\n"
+        "    done = json.dumps({'ok': {'samples': {'samples_ns': [1], 'clock': 'fake'}}})\n"
+        "    os.read(int(sys.argv[1]), 1)\n    os.write(int(sys.argv[2]), f'{told}\\n{done}\\n'.encode())\n"
+    )
+    drawn = []
+    for _ in range(2):
+        with Child("drawing", environment={"PYTHONPATH": str(tmp_path)}) as child:
+            assert isinstance(child._process, forking.Forked)
+            drawn.append(look(child))
+    assert drawn[0][0] == str(tmp_path)
+    assert drawn[0][1] != drawn[1][1] and drawn[0][2] != drawn[1][2]

@@ -20,6 +20,9 @@ class FakeChild:
     def __init__(self) -> None:
         self.is_paused = self.is_closed = False
 
+    def kill(self) -> None:
+        self.is_closed, self.is_paused = True, False
+
     def pause(self) -> None:
         self.is_paused = True
 
@@ -160,3 +163,23 @@ def test_an_error_in_a_builder_is_told_and_nobody_is_left(world: World, monkeypa
     with pytest.raises(ZeroDivisionError):
         rolled(waves("a b", "c"), jobs=2, ahead=2)
     assert not any(seat.child.is_paused for seat in world.seats)
+
+
+def test_what_failed_for_memory_that_a_later_wave_held_is_built_again_without_it(world: World) -> None:
+    world.slow = {"a": 0.1}
+    world.failing = {"a": Status.OOM_DEVICE}
+    alive: list[list[str]] = []
+    prepare = groups.prepare
+
+    def seen(seat: FakeSeat, job: Job) -> None:
+        alive.append([s.candidate.model.text for s in world.seats if not s.child.is_closed])
+        prepare(seat, job)  # type: ignore[arg-type]
+
+    groups.prepare = seen  # type: ignore[assignment]
+    try:
+        assert rolled(waves("a", "c d"), jobs=3, ahead=3) == [["a ok"], ["c ok", "d ok"]]
+    finally:
+        groups.prepare = prepare
+    again = [names for names in alive if names.count("a") == 2]
+    assert again and not any("c" in names or "d" in names for names in again[:1])
+    assert world.timed == ["a", "c", "d"]

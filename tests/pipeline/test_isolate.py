@@ -150,3 +150,31 @@ def test_a_child_is_ended_while_it_stands_still(child: Child) -> None:
     began = time.monotonic()
     child.kill()
     assert time.monotonic() - began < 5 and not child.alive and not group_members(child.pid)
+
+
+def test_what_was_ended_once_is_never_sent_a_signal_again(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seat is closed when it fails and again when its command ends, hours later: its number may lead somebody else's group by then."""
+    child.close()
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(isolate.os, "killpg", lambda group, number: sent.append((group, number)))
+    child.close()
+    child.kill()
+    assert sent == []
+
+
+@pytest.mark.parametrize("forked", ["1", "0"])
+def test_a_command_whose_streams_are_closed_has_children_all_the_same(forked: str) -> None:
+    """Cron and daemons: the first descriptors that are opened take the numbers of the streams."""
+    import subprocess
+
+    script = (
+        "import os; [os.close(n) for n in (0, 1)]\n"
+        "from gpuopt.pipeline import forking, isolate\nfrom gpuopt.pipeline.facts import Measured\n"
+        "with forking.kept({**os.environ, **isolate.child_environment()}) as z:\n"
+        "    with isolate.Child('fake_worker') as c:\n"
+        "        assert c.call('echo', Measured, timeout_s=60, ns=[1]).samples.samples_ns == (1,)\n"
+        "        assert z is None or not z.refused, z.refused\n"
+    )
+    given = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "GPUOPT_FORK": forked}
+    ended = subprocess.run([sys.executable, "-c", script], env=given, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr

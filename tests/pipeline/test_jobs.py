@@ -16,7 +16,7 @@ import pytest
 
 from gpuopt.bundles import read
 from gpuopt.core import codec
-from gpuopt.core.errors import BadInput, OutOfMemory, ResourceError, Unavailable, Unsupported, UsageError
+from gpuopt.core.errors import BadInput, GpuoptError, OutOfMemory, ResourceError, Unavailable, Unsupported, UsageError
 from gpuopt.core.result import Device, Report, Samples, Stats, Status
 from gpuopt.core.spec import Gates, ModelRef
 from gpuopt.pipeline import ahead, facts, gates, isolate, jobs, worker
@@ -587,3 +587,17 @@ def test_what_is_no_bench_is_not_done_together(tools: Any, models: Callable[[str
         jobs.bench_all([one, replace(one, verb="profile")])
     with pytest.raises(UsageError, match="one device"):
         jobs.bench_all([one, replace(one, candidates=(replace(one.candidates[0], device="cuda"),))])
+
+
+def test_a_baseline_that_is_not_there_is_told_before_anything_is_timed(
+    local: Any, tools: Any, models: Callable[[str], str], tmp_path: Any
+) -> None:
+    one = tools.job("bench", tools.candidate(models("net")))
+    told: list[Any] = []
+    with pytest.raises(GpuoptError):
+        jobs.bench_all(
+            [one, replace(one, gates=replace(one.gates, baseline=str(tmp_path / "none.json")))], on_report=lambda *found: told.append(found)
+        )
+    assert told == []
+    with pytest.raises(UsageError, match="nothing to bench"):
+        jobs.bench_all([])

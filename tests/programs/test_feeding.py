@@ -183,3 +183,42 @@ def test_on_a_gpu_a_fed_sum_is_the_sum_and_the_copies_hide() -> None:
         torch.cuda._sleep(10_000_000)
         found.append(batch.double().sum())
     assert [float(f) for f in found] == [float(n << 24) for n in range(8)]
+
+
+def test_what_a_loader_raises_comes_after_the_batches_before_it() -> None:
+    def batches() -> Any:
+        yield torch.zeros(2)
+        yield torch.ones(2)
+        raise ValueError("a bad file")
+
+    log, found = Streams(), []
+    with log, pytest.raises(ValueError, match="a bad file"):
+        for batch in feeding.Feed(batches(), torch.device("cpu"), 3, cuda=log):
+            found.append(float(batch.sum()))
+    assert found == [0.0, 2.0]
+
+
+def test_strides_are_kept_and_no_history_is() -> None:
+    log = Streams()
+    image = torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    with log:
+        feed = feeding.Feed([image, image, image, image.detach().contiguous()], torch.device("cpu"), 2, cuda=log)
+        with torch.inference_mode():
+            first = next(feed)
+            assert first.stride() == image.stride()
+        found = [first, *feed]
+    assert [f.stride() for f in found[:3]] == [image.stride()] * 3
+    assert found[3].is_contiguous()
+    assert not any(f.requires_grad or f.is_inference() for f in found)
+
+
+def test_sparse_batches_go_through() -> None:
+    log = Streams()
+    with log:
+        (found,) = feeding.Feed([torch.eye(3).to_sparse()], torch.device("cpu"), 2, cuda=log)
+    assert torch.equal(found.to_dense(), torch.eye(3))
+
+
+def test_what_is_nothing_to_iterate_over_says_only_that() -> None:
+    with pytest.raises(TypeError, match="not iterable"):
+        feeding.Feed(3, torch.device("cpu"), 2, cuda=Streams())  # type: ignore[arg-type]
