@@ -215,6 +215,10 @@ class Forked:
                 self.returncode = os.waitstatus_to_exitcode(status) if pid else None
             return self.returncode
 
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
     def wait(self, timeout: float = float("inf")) -> int:
         deadline = time.monotonic() + timeout
         while (code := self.poll()) is None:

@@ -77,6 +77,9 @@ def lab(tools: Any, local: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab
         def close(self) -> None:
             self.inner.close()
 
+        def kill(self) -> None:
+            self.inner.kill()
+
         def call(self, verb: str, result: Any, **arguments: Any) -> Any:
             is_gpu = self.device.startswith("cuda")
             ms = (found.gpu_ms if is_gpu else found.cpu_ms)(self.batch)
