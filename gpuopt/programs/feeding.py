@@ -7,7 +7,7 @@ memory (its own where a loader pinned it) and a stream of its own into one of `d
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,9 +31,10 @@ class _Slot:
 def feed(batches: Iterable[Any], device: str | torch.device = "cuda", *, depth: int = 2) -> Iterator[Any]:
     """Each batch of `batches` with its tensors on `device`, in order; a tensor is valid until the next batch is asked for.
 
-    batches: nests (tuple, list, dict) of tensors on the CPU; what is no tensor, and tensors that are on a device already, go through as they are; one in locked memory must
+    batches: nests (tuple, list, mapping) of tensors on the CPU; a mapping comes as a dict; what is no tensor, and tensors that are on a device already, go through as they are; one in locked memory must
     not be written again before `depth` further batches have been asked for. Strides are kept, gradients' history is not. depth: sets of buffers, 2 or more. What `batches` raises
-    is raised in its turn, after the batches before it. Compute with a batch on the stream that is current when it is asked for. On a CPU device batches go through untouched. Raises UsageError for a depth below 2.
+    is raised in its turn, after the batches before it. Compute with a batch on the stream that is current when it is asked for. On a CPU device batches go through untouched.
+    Raises UsageError for a depth below 2, and for an object with tensors of its own (anything with a `to`).
     """
     if depth < 2:
         raise UsageError(f"depth is {depth}", fix="2 or more: one is computed with while the next is copied")
@@ -108,7 +109,13 @@ class Feed:
 
 def _begun(batch: Any, slot: _Slot, device: torch.device, copying: Any, cuda: Any, home: Any) -> Any:
     """The batch on the device, as it will be when `slot.copied` has happened."""
-    leaves, spec = pytree.tree_flatten(batch)
+    # A tokenizer's batch is a mapping of its own class, which a nest would take for one thing that is no tensor.
+    leaves, spec = pytree.tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
+    opaque = next((leaf for leaf in leaves if hasattr(leaf, "to") and not isinstance(leaf, torch.Tensor)), None)
+    if opaque is not None:
+        raise UsageError(
+            f"a batch holds a {type(opaque).__name__}, whose tensors would stay on the host", fix="give them as a tuple, list or mapping"
+        )
     pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     # Buffers are written again and again: with a history they would keep every batch, and as inference's own they could not be written outside of it.
     with torch.inference_mode(False), torch.no_grad():

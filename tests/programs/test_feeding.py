@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import UserDict
 from contextlib import contextmanager
 from typing import Any
 
@@ -222,3 +223,20 @@ def test_sparse_batches_go_through() -> None:
 def test_what_is_nothing_to_iterate_over_says_only_that() -> None:
     with pytest.raises(TypeError, match="not iterable"):
         feeding.Feed(3, torch.device("cpu"), 2, cuda=Streams())  # type: ignore[arg-type]
+
+
+def test_a_tokenizers_batch_is_moved_and_an_object_with_tensors_of_its_own_is_refused() -> None:
+    class Encoding(UserDict):  # type: ignore[type-arg]
+        """As transformers' BatchEncoding is one."""
+
+    class Opaque:
+        def to(self, device: Any) -> Any:
+            return self
+
+    log = Streams()
+    with log:
+        (found,) = feeding.Feed([Encoding({"ids": torch.arange(4)})], torch.device("cpu"), 2, cuda=log)
+        assert type(found) is dict and found["ids"].tolist() == [0, 1, 2, 3]
+        assert log.num > 0, "it was copied"
+        with pytest.raises(UsageError, match="a batch holds a Opaque"):
+            list(feeding.Feed([(Opaque(), torch.zeros(2))], torch.device("cpu"), 2, cuda=log))
