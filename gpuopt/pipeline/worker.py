@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 STARTED = time.monotonic()
@@ -45,6 +45,11 @@ def serve(requests: int, replies: int) -> None:
 
     gc.freeze()
     gc.enable()
+    answer(requests, replies, lambda progress: Session(progress=progress, started=STARTED), ARGUMENTS)
+
+
+def answer(requests: int, replies: int, made: Callable[[Callable[[float | None, str], None]], Any], known: Mapping[str, Any]) -> None:
+    """A method of the session for each frame, until the requests end. made: the session, from what it tells its progress to. known: as ARGUMENTS."""
     out = os.fdopen(replies, "w", encoding="utf-8")
 
     def send(frame: dict[str, Any]) -> None:
@@ -54,7 +59,7 @@ def serve(requests: int, replies: int) -> None:
     def progress(fraction: float | None, note: str) -> None:
         send({"progress": [fraction, note]})
 
-    session = Session(progress=progress, started=STARTED)
+    session = made(progress)
     had = forking.imported()
     with os.fdopen(requests, encoding="utf-8") as lines:
         for line in lines:
@@ -63,18 +68,18 @@ def serve(requests: int, replies: int) -> None:
             if verb == "close":
                 break
             try:
-                answer = {"ok": codec.dump(_perform(session, verb, frame["args"]))}
+                found = {"ok": codec.dump(_perform(session, verb, frame["args"], known))}
                 now = forking.imported()
-                send({**answer, "imported": [name for name in now if name not in had]} if now != had else answer)
+                send({**found, "imported": [name for name in now if name not in had]} if now != had else found)
                 had = now
             except Exception as error:  # noqa: BLE001 - every failure of a candidate is a result; the parent decides what it means
                 send({"error": codec.dump(describe(error, verb))})
     session.close()
 
 
-def _perform(session: Any, verb: str, arguments: dict[str, Any]) -> Any:
+def _perform(session: Any, verb: str, arguments: dict[str, Any], known: Mapping[str, Any] = ARGUMENTS) -> Any:
     method: Callable[..., Any] = getattr(session, verb)
-    return method(**{k: codec.from_plain(ARGUMENTS[k], v, what=k) if k in ARGUMENTS and v is not None else v for k, v in arguments.items()})
+    return method(**{k: codec.from_plain(known[k], v, what=k) if k in known and v is not None else v for k, v in arguments.items()})
 
 
 def describe(error: Exception, verb: str) -> facts.Failure:
@@ -146,8 +151,8 @@ def die_with_parent() -> None:
             sys.exit(0)
 
 
-def main() -> None:
-    """Entry point of the child."""
+def main(serve: Callable[[int, int], None] = serve) -> None:
+    """Entry point of the child. serve: what it does with the two pipes."""
     faulthandler.enable()  # a crash in native code then says which Python line called it
     die_with_parent()
     serve(int(sys.argv[1]), int(sys.argv[2]))

@@ -4,7 +4,7 @@ torch, its compiler and transformers take 4 to 15 seconds to import; a fork take
 initialised CUDA and has run no operator: so it imports, forks and waits, and does nothing else. Where an import did more than that, it says so and forks no child.
 
 Requests are one JSON line each with file descriptors beside it: {"fork": module, "number": n, "environment": {...}, "folder": cwd} with (requests, replies, stderr), or
-{"import": [names]}. Answers: {"ready": true}, {"pid": n} or {"cannot": why} with the number of each request of a child, and {"ended": [pid, exit code]} for each that ended.
+{"import": [names]}. Answers: {"pid": n} or {"cannot": why} with the number of each request of a child, and {"ended": [pid, exit code]} for each that ended.
 """
 
 from __future__ import annotations
@@ -40,24 +40,22 @@ def main() -> None:
     from gpuopt.pipeline import worker
 
     worker.die_with_parent()
-    kept = NVML_CHECK in os.environ
     os.environ.setdefault(NVML_CHECK, "1")
     gc.disable()
     from gpuopt.pipeline import session  # noqa: F401 - what every child needs
 
     gc.freeze()
     link = socket.socket(fileno=int(sys.argv[1]))
-    _Zygote(link, imports_s=time.monotonic() - began, keeps_check=kept).serve()
+    _Zygote(link, imports_s=time.monotonic() - began).serve()
 
 
 class _Zygote:
-    def __init__(self, link: socket.socket, *, imports_s: float, keeps_check: bool) -> None:
+    def __init__(self, link: socket.socket, *, imports_s: float) -> None:
         self._link = link
         self._imports_s = imports_s
         """What every child would have spent on the same imports: counted into its cold start."""
         self._spared: dict[str, float] = {}
         """The same of what only some children would import."""
-        self._keeps_check = keeps_check
         self._children: set[int] = set()
 
     def serve(self) -> None:
@@ -67,7 +65,6 @@ class _Zygote:
         os.set_blocking(woken, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        self._send({"ready": True})
         buffer, fds = b"", list[int]()
         while True:
             ready = select.select([self._link.fileno(), woken], [], [])[0]
@@ -132,7 +129,6 @@ class _Zygote:
                 request["environment"],
                 fds,
                 imports_s=self._imports_s,
-                keeps_check=self._keeps_check,
                 folder=request["folder"],
             )
         self._children.add(pid)
@@ -177,9 +173,7 @@ def _driver_is_initialised() -> bool:
     return int(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int()))) != NOT_INITIALISED
 
 
-def become(
-    module: str, environment: Mapping[str, str], fds: Sequence[int], *, imports_s: float, keeps_check: bool, folder: str
-) -> NoReturn:
+def become(module: str, environment: Mapping[str, str], fds: Sequence[int], *, imports_s: float, folder: str) -> NoReturn:
     """What exec would have done, in the copy: a session, streams and variables of its own, then `module.main()`. Never returns."""
     code = 1
     try:
@@ -190,11 +184,11 @@ def become(
             os.dup2(mine, wanted)
         os.close(nothing)
         os.close(says)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+        for number in (signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(folder)
-        _adopt(environment, keeps_check)
+        _adopt(environment)
         numpy = sys.modules.get("numpy")
         if numpy is not None:
             numpy.random.seed()  # Python draws anew after a fork and numpy does not: every child would draw the same "random" weights
@@ -214,12 +208,11 @@ def become(
         os._exit(code)
 
 
-def _adopt(environment: Mapping[str, str], keeps_check: bool) -> None:
+def _adopt(environment: Mapping[str, str]) -> None:
     """The child's variables, also those that were read while modules were imported."""
     before = dict(os.environ)
     for name in [name for name in os.environ if name not in environment]:
-        if name != NVML_CHECK or not keeps_check:
-            del os.environ[name]
+        del os.environ[name]
     os.environ.update(environment)
     for entry in reversed(environment.get("PYTHONPATH", "").split(os.pathsep)):
         if entry and entry not in sys.path:

@@ -272,6 +272,25 @@ def fork_workers(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(isolate, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Forked}))
 
 
+SEEN_BY_TESTS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "XDG_STATE_HOME"}
+"""Variables that change from test to test, and that no import has read by then."""
+
+
+@pytest.fixture(scope="module")
+def shared_zygote() -> Iterator[forking.Zygote]:
+    made = forking.Zygote({**os.environ, **isolate.child_environment()})
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def kept(shared_zygote: forking.Zygote, monkeypatch: pytest.MonkeyPatch) -> forking.Zygote:
+    """Every isolate.Child of this test is a fork of one process, if it can be."""
+    monkeypatch.setattr(forking, "current", lambda: shared_zygote)
+    monkeypatch.setattr(forking, "ADOPTED", forking.ADOPTED | SEEN_BY_TESTS)
+    return shared_zygote
+
+
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real children that start at once."""

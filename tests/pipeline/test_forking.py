@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,23 +22,6 @@ from gpuopt.pipeline.facts import Measured
 from gpuopt.pipeline.isolate import Child, ChildFailed
 
 HERE = str(Path(__file__).parent)
-
-SEEN_BY_TESTS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "XDG_STATE_HOME"}
-"""Variables that change from test to test, and that no import has read by then."""
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[forking.Zygote]:
-    made = forking.Zygote({**os.environ, **isolate.child_environment()})
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def kept(shared: forking.Zygote, monkeypatch: pytest.MonkeyPatch) -> forking.Zygote:
-    monkeypatch.setattr(forking, "current", lambda: shared)
-    monkeypatch.setattr(forking, "ADOPTED", forking.ADOPTED | SEEN_BY_TESTS)
-    return shared
 
 
 def look(child: Child, **arguments: Any) -> Any:
@@ -275,7 +257,7 @@ def test_whoever_forks_this_process_has_no_zygote() -> None:
 
 def test_a_fork_that_fails_ends_none_of_the_children_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Any] = []
-    made = zygote._Zygote(None, imports_s=0.0, keeps_check=False)  # type: ignore[arg-type]
+    made = zygote._Zygote(None, imports_s=0.0)  # type: ignore[arg-type]
     monkeypatch.setattr(made, "_send", sent.append)
     monkeypatch.setattr(zygote, "unsafe", lambda: "")
 

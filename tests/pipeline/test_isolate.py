@@ -16,23 +16,11 @@ from gpuopt.pipeline import forking, isolate
 from gpuopt.pipeline.facts import Measured
 from gpuopt.pipeline.isolate import STDERR_TAIL_BYTES, Child, ChildFailed
 
-SEEN_BY_TESTS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "XDG_STATE_HOME"}
-"""Variables that change from test to test, and that no import has read by then."""
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[forking.Zygote]:
-    made = forking.Zygote({**os.environ, **isolate.child_environment()})
-    yield made
-    made.close()
-
 
 @pytest.fixture(params=["a new process", "a fork"])
 def child(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Child]:
     if request.param == "a fork":
-        zygote = request.getfixturevalue("zygote")
-        monkeypatch.setattr(forking, "current", lambda: zygote)
-        monkeypatch.setattr(forking, "ADOPTED", forking.ADOPTED | SEEN_BY_TESTS)
+        request.getfixturevalue("kept")
     here = str(Path(__file__).parent)
     with Child("fake_worker", environment={"PYTHONPATH": here}) as made:
         assert isinstance(made._process, forking.Forked) == (request.param == "a fork")
