@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline" / "streamed"))
+
+import streams
 
 from gpuopt.cli import app
 from gpuopt.core.streamed import StreamSpan
@@ -16,25 +18,12 @@ from gpuopt.pipeline import isolate
 from gpuopt.reports.content import streaming as content
 
 
-def _streams() -> ModuleType:
-    path = Path(__file__).parents[1] / "pipeline" / "streamed" / "streams.py"
-    spec = importlib.util.spec_from_file_location("streams_of_cli", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
-
-
-STREAMS = _streams()
-
-
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The words that name a model of eight blocks on a device on paper; its child is this process."""
-    monkeypatch.setattr(isolate, "Child", STREAMS.Inline)
-    name = STREAMS.factory(tmp_path)
-    return [name, "--trust", name.rpartition(":")[0], "--dim", "S=4", "--device", STREAMS.DEVICE, "--quiet"]
+    monkeypatch.setattr(isolate, "Child", streams.Inline)
+    name = streams.factory(tmp_path)
+    return [name, "--trust", name.rpartition(":")[0], "--dim", "S=4", "--device", streams.DEVICE, "--quiet"]
 
 
 def test_a_plan_shows_ledger_bound_and_picture(model: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,8 +102,8 @@ def test_pack_then_run_from_the_disk(model: list[str], tmp_path: Path, capsys: p
 def test_what_cannot_be_meant_is_refused(
     words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(isolate, "Child", STREAMS.Inline)
-    name = STREAMS.factory(tmp_path)
+    monkeypatch.setattr(isolate, "Child", streams.Inline)
+    name = streams.factory(tmp_path)
     code = app.run(
         ["stream", words[0], name, "--trust", name.rpartition(":")[0], "--quiet", "--dim", "S=4", "--device", "simulated", *words[1:]]
     )

@@ -6,7 +6,6 @@ units whose lock CUDA refuses, and its error that is cleared (tests/streaming/te
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -15,7 +14,6 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import huggingface_hub
@@ -24,24 +22,16 @@ import safetensors.torch
 import torch
 import transformers
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline" / "streamed"))
+
+import streams
+
 from gpuopt.cli import app
 from gpuopt.core.errors import OutOfMemory
 from gpuopt.pipeline import isolate
 from gpuopt.streaming import hostpages
 from gpuopt.streaming.engines.simulated import SimulatedEngine
 
-
-def _streams() -> ModuleType:
-    path = Path(__file__).parents[1] / "pipeline" / "streamed" / "streams.py"
-    spec = importlib.util.spec_from_file_location("streams_of_faults", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
-
-
-STREAMS = _streams()
 Told = Callable[..., tuple[int, str]]
 
 
@@ -58,9 +48,9 @@ def quiet() -> Iterator[None]:
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Told:
     """`told("run", model, "--budget", "50%") -> (exit code, all that was written)`. The child is this process."""
-    monkeypatch.setattr(isolate, "Child", STREAMS.Inline)
+    monkeypatch.setattr(isolate, "Child", streams.Inline)
 
-    def run(action: str, model: str, *words: str, device: str = STREAMS.DEVICE) -> tuple[int, str]:
+    def run(action: str, model: str, *words: str, device: str = streams.DEVICE) -> tuple[int, str]:
         trust = ["--trust", model.rpartition(":")[0]] if ".py:" in model else []
         code = app.run(["stream", action, model, *trust, "--dim", "S=4", "--device", device, "--quiet", *words])
         seen = capsys.readouterr()
@@ -71,7 +61,7 @@ def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.fixture
 def stack(tmp_path: Path) -> str:
-    return str(STREAMS.factory(tmp_path))
+    return str(streams.factory(tmp_path))
 
 
 @pytest.fixture(scope="module")
