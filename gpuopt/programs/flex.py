@@ -13,6 +13,7 @@ In Inductor's pre-grad pass and not in the module: any module has it so, an expo
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 import torch._inductor.config
 from torch import Tensor, fx
 from torch._higher_order_ops.flex_attention import flex_attention as kernel
+from torch._inductor import inductor_prims
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn import functional as F
 from torch.nn.attention import flex_attention as api
@@ -101,7 +103,20 @@ def blocks(mask: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, ...] | Non
     full = F.pad(full, (0, across * BLOCK - columns, 0, down * BLOCK - rows))
     full = full.reshape(*full.shape[:2], down, BLOCK, across, BLOCK).to(torch.int32).sum((-3, -1), dtype=torch.int32)
     whole = full == BLOCK * BLOCK
-    return (*_ordered((full > 0) & ~whole), *_ordered(whole))
+    heads = query.shape[1] if full.shape[0] > 1 else full.shape[1]
+    return tuple(_dense(table, heads) for table in (*_ordered((full > 0) & ~whole), *_ordered(whole)))
+
+
+def _dense(table: Tensor, heads: int) -> Tensor:
+    """The same values with strides that can be trusted.
+
+    FlexAttention's kernels find a batch entry's table by the stride of the dimension of heads. Of one head, a buffer that Inductor lays out itself may say any stride there, and the
+    kernel then reads past its end: every head has its own row where there are several entries, laid out row by row.
+    """
+    table = table.expand(-1, heads, *table.shape[2:]).clone()
+    stride = [math.prod(table.shape[d + 1 :]) for d in range(table.dim())]
+    laid: Tensor = inductor_prims.force_stride_order(table, stride)
+    return laid
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, tables: tuple[Tensor, ...] | None, *, scale: float | None) -> Tensor:
