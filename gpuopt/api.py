@@ -30,13 +30,14 @@ from gpuopt.core.errors import GateFailed, GpuoptError, ResourceError, Unsupport
 from gpuopt.core.result import SCHEMA_VERSION, Count, Device, Report, Run, Samples, Status
 from gpuopt.core.search import SearchSpec
 from gpuopt.core.spec import BackendSpec, BenchSpec, Candidate, ModelRef, Precision, Tolerance, Transforms
-from gpuopt.pipeline import anchor, facts, figures, livemodel, manifests, pairs, whole
-from gpuopt.pipeline.searched import Optimized, optimized
+from gpuopt.pipeline import anchor, facts, figures, livemodel, manifests, pairs
+from gpuopt.pipeline.search.live import whole
+from gpuopt.pipeline.search.live.searched import Optimized, optimized
+from gpuopt.pipeline.search.live.whole import OptimizedPipeline
 from gpuopt.pipeline.seats import MIN_ANCHOR_BLOCKS
 from gpuopt.pipeline.session import Session
 from gpuopt.pipeline.streamed.command import spec_of
 from gpuopt.pipeline.streamed.live import StreamedModule, streamed
-from gpuopt.pipeline.whole import OptimizedPipeline
 from gpuopt.pipeline.worker import classify
 
 
@@ -136,13 +137,14 @@ def stream(
     granularity: str = "block",
     embed: str = "device",
     compile: bool = False,
+    graphs: bool = False,
     once: bool = False,
 ) -> StreamedModule:
     """`model` within a budget of device memory: blocks stay as far as it goes, the others are copied in time. Ready to call, `generate()` included.
 
     budget: `"8GiB"` of device memory in all, or `"50%"` of the weights on the device. inputs: of a typical call (a tensor, a tuple, or a dict of keyword
     arguments; the prompt where `generate` tokens are made), on which units are timed; without them compute is estimated. device: `cuda`, or
-    `simulated:link=25e9` for one on paper. The answer has `.plan` and `.close()`, which gives the weights back on the CPU; it is a context manager, too.
+    `simulated:link=25e9` for one on paper. compile, graphs: of each block, after it was bound; graphs want a GPU. The answer has `.plan` and `.close()`, which gives the weights back on the CPU; it is a context manager, too.
 
     Raises ResourceError where the budget is too small, with the numbers and the setting that would lower it; UsageError for a module in training mode.
     """
@@ -154,6 +156,7 @@ def stream(
         granularity=granularity,
         embed=embed,
         compile=compile,
+        graphs=graphs,
         once=once,
     )
     return streamed(model, inputs, spec, device=device, generate=generate)

@@ -100,7 +100,7 @@ def row(run: Run) -> str:
             run.backend + (f":{run.preset}" if run.preset else ""),
             *(f"{name}={value}" for name, value in sorted(run.options.items())),
             *run.transforms,
-            *(["host inputs"] if run.input_mode == "host" else []),
+            *([f"{run.input_mode} inputs"] if run.input_mode != "device" else []),
         ]
     )
     if run.status is Status.OK and run.latency_ms is None:

@@ -18,8 +18,9 @@ import gpuopt
 from gpuopt.core.errors import GateFailed, UsageError
 from gpuopt.core.spec import BenchSpec, Candidate, InputSpec, ModelRef, Precision, Tolerance
 from gpuopt.devices import info, null
-from gpuopt.pipeline import environment, facts, handed, isolate, livemodel, searched, standin
+from gpuopt.pipeline import environment, facts, isolate, livemodel
 from gpuopt.pipeline import machine as machines
+from gpuopt.pipeline.search.live import handed, searched, standin
 
 QUICK = BenchSpec(
     min_time_s=0.02, max_time_s=1.5, min_iterations=1, warmup_s=0.01, max_warmup_s=0.05, block_ms=3.0, num_pairs=15, energy_s=0.0

@@ -21,9 +21,10 @@ from gpuopt.core.search import Screened, SearchSpec
 from gpuopt.core.spec import BackendSpec, Candidate, Change, Precision
 from gpuopt.devices import info
 from gpuopt.pipeline import facts as pipeline_facts
-from gpuopt.pipeline import figures, tune
+from gpuopt.pipeline import figures
 from gpuopt.pipeline.machine import Machine
-from gpuopt.pipeline.questions import Explained, Finals, Proposal, Screen
+from gpuopt.pipeline.search import tune
+from gpuopt.pipeline.search.questions import Explained, Finals, Proposal, Screen
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # recipes are no part of the package
@@ -32,7 +33,7 @@ from recipes.search_cost import measure, record, run, space, table  # noqa: E402
 from recipes.search_cost.record import Record, Row  # noqa: E402
 from recipes.search_cost.replay import replay  # noqa: E402
 
-_spec = importlib.util.spec_from_file_location("pipeline_worlds", Path(__file__).parent / "pipeline" / "worlds.py")
+_spec = importlib.util.spec_from_file_location("pipeline_worlds", Path(__file__).parent / "pipeline" / "search" / "worlds.py")
 assert _spec is not None and _spec.loader is not None
 w: Any = sys.modules.get("pipeline_worlds")
 if w is None:  # its dataclasses look their module up by name

@@ -16,7 +16,7 @@ import pytest
 from gpuopt.core import codec
 from gpuopt.core.result import Device, Report
 from gpuopt.core.spec import Candidate, DimSpec, InputSpec, Job, ModelRef
-from gpuopt.core.streamed import RIVALS, StreamArm, StreamRequest
+from gpuopt.core.streamed import RIVALS, OtherEager, OverEager, Ratio, StreamArm, StreamRequest
 from gpuopt.core.streaming import Streamed, StreamSpec
 from gpuopt.pipeline import isolate
 from gpuopt.pipeline.streamed import command
@@ -107,7 +107,7 @@ def test_the_page_says_what_the_reports_in_the_tree_say() -> None:
 
 
 def test_every_recipe_that_is_told_of_is_in_the_tree_and_the_other_way_round() -> None:
-    told = {*table.CELLS, *table.FIT, *table.BESIDE, *table.LARGE, *table.FROM_DISK}
+    told = {*table.CELLS, *table.FIT, *table.BESIDE, *table.LARGE, *table.FROM_DISK, *table.VERIFIED}
     assert told == {path.parent.name for path in ROOT.glob("recipes/stream_*/recipe.yaml")}
 
 
@@ -141,12 +141,35 @@ def test_rivals_are_held_against_the_goals_of_their_workload(report: Report) -> 
     assert "not run: it / fell over" in body("rivals", {"stream_llama_8b_rivals_prefill": report})[4][3]
 
 
-def test_nothing_streamed_stands_against_eager(report: Report) -> None:
+def test_nothing_streamed_stands_against_eager_in_the_same_process(report: Report) -> None:
     told: Any = report.streamed
     eager = told.arms[0].median_ms
+    made = only(report, replace(first(report, 2), median_ms=1.03 * eager))
+    told = made.streamed
+    elsewhere = OtherEager(name="everything resident", median_ms=4.0, over=Ratio(ratio=0.97, low=0.968, high=0.972, num_pairs=60))
+    for low, high, verdict in ((0.999, 1.003, "met"), (0.999, 1.012, "**inconclusive**"), (1.02, 1.04, "**missed**"), (None, None, "**inconclusive**")):  # fmt: skip
+        over = Ratio(ratio=1.001, low=low, high=high, num_pairs=60)
+        beside = OverEager(over=over, streamed_ms=5.0, eager_ms=4.9, block_forwards=15, apart=True, others=(elsewhere,))
+        changed = replace(made, streamed=replace(told, rows=(replace(told.rows[0], over_eager=beside),)))
+        (row,) = body("fits", {"stream_llama_8b_fits_decode": changed})
+        assert row[4] == verdict and row[1:3] == ["4.90 ms", "5.00 ms"]
+        assert row[3] == ("+0.10% (too few pairs)" if low is None else f"+0.10% ({100 * (low - 1):+.2f}..{100 * (high - 1):+.2f})")
+        assert row[5] == "everything resident: -3.00% (-3.20..-2.80)" and row[6].endswith("+3.00%")
+        assert "60 pairs of blocks of 15 forwards, plain eager with weights of its own." in lines(
+            "fits", {"stream_llama_8b_fits_decode": changed}
+        )
+
+
+def test_a_report_without_plain_eager_in_its_process_is_held_to_the_goal_across_two(report: Report) -> None:
+    told: Any = report.streamed
     for over, verdict in ((1.004, "met"), (1.02, "**missed**")):
-        made = only(report, replace(first(report, 2), median_ms=over * eager))
-        assert body("fits", {"stream_llama_8b_fits_decode": made})[0][3:5] == [f"{100 * (over - 1):+.2f}%", verdict]
+        made = only(report, replace(first(report, 2), median_ms=over * told.arms[0].median_ms))
+        (row,) = body("fits", {"stream_llama_8b_fits_decode": made})
+        assert row[1:5] == ["", "", "not measured in one process", verdict] and row[6].endswith(f"{100 * (over - 1):+.2f}%")
+    told = made.streamed
+    failed = replace(told, rows=(replace(told.rows[0], over_eager=OverEager(reason="it fell over")),))
+    (row,) = body("fits", {"stream_llama_8b_fits_decode": replace(made, streamed=failed)})
+    assert row[3] == "not measured in one process: it fell over"
 
 
 def test_a_disk_is_held_against_the_slower_of_disk_and_link(report: Report) -> None:

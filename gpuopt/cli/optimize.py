@@ -73,7 +73,7 @@ def optimize(
     from gpuopt.core.errors import UsageError
     from gpuopt.core.search import SearchSpec
     from gpuopt.core.spec import Job
-    from gpuopt.pipeline import optimize as searching
+    from gpuopt.pipeline.search import optimize as searching
 
     batches = r.batches(batch)
     if len(batches) > 1 and goal == "latency":

@@ -28,8 +28,9 @@ def run(
     """
     from gpuopt.cli import request as r
     from gpuopt.cli import show
-    from gpuopt.pipeline import jobs, optimize
+    from gpuopt.pipeline import jobs
     from gpuopt.pipeline import recipe as reader
+    from gpuopt.pipeline.search import optimize
     from gpuopt.pipeline.streamed import command
 
     read = [reader.read(Path(name), device=device, output=output, force=force, command=r.command_line()) for name in recipes]

@@ -60,7 +60,15 @@ EmbedOpt = Annotated[
     str,
     _option("--embed", metavar="device|cpu", help="cpu gathers an embedding's rows on the host, exactly.", panel=STREAM, show_default=True),
 ]
-GraphsOpt = Annotated[bool, _option("--graphs", help="CUDA graphs of what lies between copies: not built yet, refused.", panel=STREAM)]
+GraphsOpt = Annotated[
+    bool,
+    _option(
+        "--graphs",
+        help="A CUDA graph of each block, on the addresses of its weights; copies stay outside. The same bits, with less of the host. A block that cannot have one (it is called "
+        "with a cache object) runs without, and a note says which and why. With --compile, of the compiled block.",
+        panel=STREAM,
+    ),
+]
 CompileOpt = Annotated[bool, _option("--compile", help="torch.compile each block after it is bound.", panel=STREAM)]
 OnceOpt = Annotated[
     bool, _option("--once", help="A single forward: the first blocks are resident, and nothing is copied for the next one.", panel=STREAM)
@@ -97,7 +105,7 @@ RivalOpt = Annotated[
         "--rival",
         metavar="|".join([*RIVALS, "none"]),
         help="Of bench, repeatable: other libraries to time it in turns with, at the same bytes of weights on the device (diffusers cannot be told any). accelerate is its "
-        "device_map as shipped; accelerate-pinned its dispatch_model with locked weights and a map that uses up the budget. Default: accelerate.",
+        "device_map as shipped; accelerate-pinned its dispatch_model with locked weights and a map that uses up the budget. resident is plain eager in a second process, where everything fits: how far two processes differ. Default: accelerate.",
         panel=MEASURE,
     ),
 ]

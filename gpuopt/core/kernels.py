@@ -55,6 +55,7 @@ PATTERNS: tuple[tuple[str, bool | None, str], ...] = (
     # Generated kernels are named after the ops in them (`triton_poi_fused__to_copy_0`): their prefix decides, so they come first.
     ("attention", None, r"^triton_tem_.*(?:flex|attention|sdpa)"),
     ("product", None, r"^triton_(?:tem|mm)_"),
+    ("product", False, r"^_matvecs"),
     ("cast", None, rf"^triton_poi_fused_+(?:{_VIEWS}_+)*{_TYPES}(?:_+{_VIEWS})*_\d+$"),
     ("strided copy", None, rf"^triton_poi_fused_+{_VIEWS}(?:_+{_VIEWS})*_\d+$"),
     ("softmax", None, r"^triton_(?:red|per)_fused_.*softmax"),

@@ -20,6 +20,8 @@ class Rival:
     """What it imports -> what pip calls that."""
     takes_budget: bool = True
     """Whether it can be told how many bytes of weights may stay on the device."""
+    library: bool = True
+    """False: nobody else's way, but plain eager once more, in a process that has nothing to do with streaming."""
 
 
 RIVALS: Mapping[str, Rival] = {
@@ -29,6 +31,7 @@ RIVALS: Mapping[str, Rival] = {
         title="diffusers group offload", packages={"diffusers": "diffusers", "accelerate": "accelerate"}, takes_budget=False
     ),
     "mmgp": Rival(title="mmgp", packages={"mmgp": "mmgp", "optimum.quanto": "optimum-quanto", "accelerate": "accelerate"}),
+    "resident": Rival(title="everything resident, again", packages={}, takes_budget=False, library=False),
 }
 """By the name that `--rival` takes."""
 
@@ -48,7 +51,7 @@ class StreamRequest:
     forwards: int = 20
     """Of each race that `verify` hunts."""
     rivals: tuple[str, ...] = ("accelerate",)
-    """`bench`: other libraries it is timed in turns with, by the names of RIVALS."""
+    """`bench`: other libraries it is timed in turns with, by the names of RIVALS; `resident` goes along where a budget streams nothing."""
     alone: bool = False
     """`bench`: without everything resident and without rivals."""
 
@@ -67,6 +70,66 @@ class StreamSpan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ratio:
+    """One time over another, from pairs of blocks that were timed in turns."""
+
+    ratio: float
+    """Median of the pairs'."""
+    low: float | None = None
+    """Of at least 95% confidence; None where there are too few pairs for that."""
+    high: float | None = None
+    num_pairs: int = 0
+
+    @property
+    def percent(self) -> float:
+        """Above 1."""
+        return 100 * (self.ratio - 1)
+
+    @property
+    def percents(self) -> tuple[float, float] | None:
+        """The interval, above 1."""
+        return None if self.low is None or self.high is None else (100 * (self.low - 1), 100 * (self.high - 1))
+
+    def under(self, percent: float) -> str:
+        """Whether it lies less than so many percent above 1: `met` or `missed` where the whole interval says so, else `inconclusive`."""
+        known = self.percents
+        if known is None or known[0] < percent <= known[1]:
+            return "inconclusive"
+        return "met" if known[1] < percent else "missed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherEager:
+    """Plain eager in another process, in turns with plain eager in the one that streams: how far two processes that do the same differ."""
+
+    name: str
+    """As the arm or rival is called."""
+    median_ms: float
+    over: Ratio
+    """There over here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverEager:
+    """A plan that streams nothing against plain eager, in turns within one process, on one module object that is bound and not bound by turns.
+
+    Two processes also differ by whatever else differs between them, which `others` shows: where the host's launches are what takes the time, as in decoding, it may be more than what is asked for.
+    """
+
+    over: Ratio | None = None
+    """Streamed over plain eager; None where it was not measured."""
+    streamed_ms: float | None = None
+    eager_ms: float | None = None
+    block_forwards: int = 0
+    """Timed in each block of each side."""
+    apart: bool = False
+    """Plain eager has weights of its own, a tensor each, as `module.to()` lays them out; else it reads those of the plan."""
+    others: tuple[OtherEager, ...] = ()
+    reason: str = ""
+    """Why there is no figure."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StreamRow:
     """One budget: its plan, a picture of it, and what came of it."""
 
@@ -74,6 +137,8 @@ class StreamRow:
     """None where `measured` carries it."""
     spans: tuple[StreamSpan, ...] = ()
     measured: Streamed | None = None
+    over_eager: OverEager | None = None
+    """`bench`, of a plan that streams nothing, on a device that is there."""
     reason: str = ""
     """Why there is no plan, or nothing was measured."""
     fix: str = ""

@@ -223,6 +223,12 @@ def _contraction(left: int) -> Callable[[Sequence[Any], Mapping[str, Any], Any],
     return count
 
 
+def _matvecs(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> _Found:
+    """One row times each matrix of a list."""
+    row, weights = _at(args, 0), args[1] if len(args) > 1 else ()
+    return None if row is None or not isinstance(weights, (list, tuple)) else (2.0 * sum(_size(w.shape) for w in weights), _dtype(row))
+
+
 def _addbmm(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> _Found:
     a, b = _at(args, 1), _at(args, 2)
     return None if a is None or b is None else (2.0 * _size(a.shape) * _int(b.shape[-1]), _dtype(a))
@@ -306,6 +312,7 @@ _FORMULAS: dict[str, tuple[str, Callable[[Sequence[Any], Mapping[str, Any], Any]
     ),
     **dict.fromkeys(("addmm", "addmv", "baddbmm", "_addmm_activation", "_sparse_semi_structured_addmm"), ("product", _contraction(1))),
     "addbmm": ("product", _addbmm),
+    "matvecs": ("product", _matvecs),
     **dict.fromkeys(
         ("convolution", "_convolution", "convolution_overrideable", "cudnn_convolution", "cudnn_convolution_relu")
         + ("cudnn_convolution_add_relu", "mkldnn_convolution", "conv1d", "conv2d", "conv3d", "_conv_depthwise2d", "conv_depthwise3d")

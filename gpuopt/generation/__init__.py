@@ -23,6 +23,8 @@ class Way:
     """torch.compile's, for both."""
     options: dict[str, Any] = field(default_factory=dict)
     """Inductor's settings for the decode step."""
+    own_rows: bool = False
+    """A decode step's products of one row run in gpuopt's own kernel (programs/one_row.py)."""
 
 
 TUNED = {"coordinate_descent_tuning": True}
@@ -30,6 +32,9 @@ TUNED = {"coordinate_descent_tuning": True}
 
 gpt-fast's other settings (unique kernel names, the cache of graphs, epilogues fused) are torch's own by now, and so are not repeated here.
 """
+
+DEPENDENT = {**TUNED, "triton.enable_pdl": True}
+"""And a kernel begins while the one before it ends (programmatic dependent launch; Inductor leaves it out where the GPU has none)."""
 
 WAYS: dict[tuple[str, str | None], Way] = {
     ("eager", None): Way(words="generate() as shipped", shipped=True),
@@ -41,6 +46,13 @@ WAYS: dict[tuple[str, str | None], Way] = {
     ),
     ("inductor", "tuned"): Way(
         words="static cache, compiled steps with tuned matrix-vector products in CUDA graphs", compiles=True, records=True, options=TUNED
+    ),
+    ("inductor", "gemv"): Way(
+        words="static cache, compiled steps with gpuopt's matrix-vector kernel in CUDA graphs",
+        compiles=True,
+        records=True,
+        options=DEPENDENT,
+        own_rows=True,
     ),
     ("inductor", "max-autotune"): Way(
         words="static cache, compiled steps with every product autotuned, in CUDA graphs",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gpuopt.core.errors import Unsupported
 from gpuopt.generation import Way
+
+if TYPE_CHECKING:
+    from gpuopt.programs.one_row import OneRow
 
 Launch = Callable[[], None]
 
@@ -26,8 +29,11 @@ class Launcher:
         self.is_recording = way.records and device.startswith("cuda")
         self._pool: Any = None
         self._recorded: list[Any] = []
+        self.notes: list[str] = []
         if way.records and not way.compiles and not self.is_recording:
             raise Unsupported(f"CUDA graphs run on an NVIDIA GPU, not on {device}", fix="--backend eager:static or inductor")
+        if way.own_rows and not device.startswith("cuda"):
+            raise Unsupported(f"the matrix-vector kernel runs on an NVIDIA GPU, not on {device}", fix="--backend inductor")
 
     def ready(self, run: Launch, *, before: Launch, tuned: bool) -> Launch:
         """`before` puts the buffers into a state that `run` may start from, and is no part of it. `tuned`: with the way's own settings of Inductor.
@@ -46,10 +52,16 @@ class Launcher:
         self._recorded.clear()
 
     def _compiled(self, run: Launch, *, tuned: bool) -> Launch:
+        rows = None
+        if tuned and self.way.own_rows:
+            from gpuopt.programs.one_row import OneRow  # with Inductor's settings, which take a second
+
+            rows = OneRow()
         if self.way.mode:
             made = torch.compile(run, fullgraph=True, dynamic=False, mode=self.way.mode)
         else:
-            made = torch.compile(run, fullgraph=True, dynamic=False, options=dict(self.way.options) if tuned else {})
+            options = {**(self.way.options if tuned else {}), **(rows.settings if rows else {})}
+            made = torch.compile(run, fullgraph=True, dynamic=False, options=options)
         is_traced = False
 
         def launch() -> None:
@@ -60,8 +72,19 @@ class Launcher:
             with torch._dynamo.config.patch(recompile_limit=_BUCKETS, accumulated_recompile_limit=4 * _BUCKETS):
                 made()
             is_traced = True
+            if rows is not None:
+                self._tell(rows)
 
         return launch
+
+    def _tell(self, rows: OneRow) -> None:
+        """Raises Unsupported where there was nothing for the kernel: what runs is another way then, which has a name of its own."""
+        if not rows.num_changed:
+            raise Unsupported(
+                "no product of a step has one row of fp16 or bf16 and no bias, which is what the matrix-vector kernel takes",
+                fix="--backend inductor:tuned",
+            )
+        self.notes.append(f"{rows.num_changed} products a step run in {rows.num_launches} launches of gpuopt's matrix-vector kernel")
 
     def _record(self, launch: Launch, before: Launch) -> Launch:
         device = torch.device(self.device)

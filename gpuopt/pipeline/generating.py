@@ -95,7 +95,7 @@ def built(
         compile_s=now - began,
         cold_start_s=now - started,
         held_bytes=reading.held(changed.module),
-        notes=(*changed.notes, *found.notes, *cut),
+        notes=(*changed.notes, *found.notes, *cut, *(stepped.launcher.notes if stepped else ())),
         call_s=now - began if stepped is None else None,
     )
     if stepped is not None:

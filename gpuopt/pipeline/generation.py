@@ -20,7 +20,7 @@ from gpuopt.generation import bounds
 from gpuopt.pipeline import facts, figures, groups, reporting
 from gpuopt.pipeline import machine as machines
 from gpuopt.pipeline.admission import Door
-from gpuopt.pipeline.ahead import cores, share_of_cores
+from gpuopt.pipeline.cores import cores, share_of_cores
 from gpuopt.pipeline.machine import Machine
 from gpuopt.pipeline.seats import Seat, interleaved, measured, seated
 

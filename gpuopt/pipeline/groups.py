@@ -13,9 +13,9 @@ from gpuopt.core import codec
 from gpuopt.core.progress import Progress
 from gpuopt.core.result import Run
 from gpuopt.core.spec import Candidate, Job
-from gpuopt.pipeline.ahead import PASSING, share_of_cores
+from gpuopt.pipeline.cores import share_of_cores
 from gpuopt.pipeline.machine import Machine
-from gpuopt.pipeline.seats import Seat, interleaved, machine_of, measured, prepare, seated
+from gpuopt.pipeline.seats import PASSING, Seat, interleaved, machine_of, measured, prepare, seated
 
 
 def comparable(candidates: Sequence[Candidate]) -> list[list[Candidate]]:

@@ -23,12 +23,14 @@ T = TypeVar("T")
 
 SETTLE_S = 0.02
 """Between blocks of two devices: OpenMP's threads go on spinning for some milliseconds after a CPU's call, on the cores that launch a GPU's kernels."""
+PASSING = frozenset({Status.OOM_DEVICE, Status.OOM_HOST, Status.TIMEOUT})
+"""Ends that a candidate may owe to those it was built beside."""
 MIN_ANCHOR_BLOCKS = 3
 """Fewer blocks of products say nothing about what a device keeps up."""
 
 
 class Worker(Protocol):
-    """Who does the steps of a candidate: a process of its own (`isolate.Child`), or this one for a live module (`local.LocalChild`)."""
+    """Who does the steps of a candidate: a process of its own (`isolate.Child`), or this one for a live module (`search.live.local.LocalChild`)."""
 
     @property
     def pid(self) -> int:

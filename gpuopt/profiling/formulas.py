@@ -62,6 +62,11 @@ def _mv(matrix: str) -> Formula:
     return lambda args, out: 2.0 * _numel(args[matrix].shape)
 
 
+def _rows(matrices: str) -> Formula:
+    """One row times each of them."""
+    return lambda args, out: sum(2.0 * _numel(matrix.shape) for matrix in args[matrices])
+
+
 def _vector(left: str) -> Formula:
     return lambda args, out: 2.0 * _numel(args[left].shape)
 
@@ -275,6 +280,7 @@ PRODUCTS: dict[str, Formula] = {
     "aten::_scaled_mm": _matmul("self", "mat2"),
     "aten::_scaled_mm_v2": _matmul("self", "mat2"),
     "aten::mv": _mv("self"),
+    "gpuopt::matvecs": _rows("weights"),
     "aten::addmv": _mv("mat"),
     "aten::dot": _vector("self"),
     "aten::vdot": _vector("self"),

@@ -9,43 +9,24 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from gpuopt.core.errors import BadInput, ResourceError, Unsupported, UsageError
+from gpuopt.core.errors import BadInput, ResourceError, UsageError
 from gpuopt.core.streaming import Plan, Unit
 from gpuopt.streaming import guards
 from gpuopt.streaming.engines import Engine, Fill, Filler, HostBuffer, Source
+from gpuopt.streaming.graphed import Graphs, require_gpu
 from gpuopt.streaming.parameters import Tensors
 from gpuopt.streaming.shelf import Shelf
 from gpuopt.streaming.slabs import Held, Slab, Staged, bits_of, checksum
 from gpuopt.streaming.slabs import fill as fill_slab
+from gpuopt.streaming.stages import Stage, compile_all, uncompiled
 from gpuopt.streaming.streamer import Streamer
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def uncompiled(function: _Function) -> _Function:
-    """Runs as it stands when somebody compiles around it: events are not for a graph."""
-    found: _Function = torch.compiler.disable(function)
-    return found
-
-
-@dataclass(slots=True, eq=False)
-class Stage:
-    """A unit's forward, with the protocol around it."""
-
-    name: str
-    """`""` is the whole model."""
-    module: nn.Module
-    call: Callable[..., Any]
-    """What computes: the module's own forward, or that compiled."""
-    slot: torch.Tensor | None = None
-    """None: the unit is resident."""
 
 
 def bind(
@@ -94,7 +75,9 @@ class Bound:
         self.engine = engine
         self.checksums: dict[str, int] = {}
         """Unit -> of the slab it was filled with, as `slabs.checksum`. None of units with a source of their own."""
-        self.notes: tuple[str, ...] = ()
+        self.graphs: Graphs | None = None
+        """Of units, with `--graphs`."""
+        self._said: tuple[str, ...] = ()
         self._units = {unit.name: unit for unit in plan.anatomy.units}
         self._tensors = Tensors(module, plan.anatomy)
         self._had_values: dict[str, bool] = {}
@@ -113,6 +96,11 @@ class Bound:
         self._undo = ExitStack()
         """Forwards and guards."""
         self._is_open = True
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What did not come out as planned; and of CUDA graphs, once there was a forward, which units have one."""
+        return self._said if self.graphs is None else (*self._said, *self.graphs.notes)
 
     @property
     def num_units(self) -> int:
@@ -142,7 +130,7 @@ class Bound:
         if self.module.training:
             raise UsageError("the model is in training mode", fix="call model.eval() before streaming")
         if self.plan.spec.graphs:
-            raise Unsupported("CUDA graphs of streamed units are not built yet", fix="leave --graphs out")
+            require_gpu(self.engine.device)
         empty = self._tensors.unfilled(sources) if fill is None else None
         if empty is not None:
             raise UsageError(f"{empty} is on the meta device and nothing says what its values are", fix="pass fill=")
@@ -167,6 +155,8 @@ class Bound:
         self.streamer.forwards = 0
         if self.plan.spec.compile:
             self.compile()
+        if self.plan.spec.graphs:
+            self.record()
 
     def _own(self, name: str, target: torch.Tensor) -> None:
         """Writes a parameter of the module's own, and looks whether it arrived."""
@@ -233,7 +223,7 @@ class Bound:
         self.plan = replace(self.plan, homes={**self.plan.homes, **dict.fromkeys(locked, "pinned"), **dict.fromkeys(pageable, "pageable")})
         if refused:
             said = f"{self.pinned_units} of {self.num_units} units pinned: the system would not lock {refused}; the host copies those to locked memory first"
-            self.notes = (*self.notes, said)
+            self._said = (*self._said, said)
 
     def _staged(self, locked: dict[str, HostBuffer], pageable: dict[str, HostBuffer]) -> Staged:
         """The ring in front of pageable slabs. Where slabs have used up what may be locked, the last of them make room."""
@@ -268,7 +258,7 @@ class Bound:
                 self._stage(name, self.module.get_submodule(name), lane.slot.buffer if lane else None)
 
     def _stage(self, name: str, module: nn.Module, slot: torch.Tensor | None) -> None:
-        stage = Stage(name, module, module.forward, slot)
+        stage = Stage(name, module, module.forward, module.forward, slot)
         self._stages.append(stage)
         self._undo.callback(guards.put(module, "forward", self._around(stage)))
 
@@ -326,18 +316,30 @@ class Bound:
     def compile(self, **options: Any) -> None:
         """`torch.compile` each unit's forward, streamed or resident; what runs around it stays outside, so `fullgraph=True` holds. Options are torch.compile's."""
         self._refuse_closed()
+        if self.graphs is not None:
+            raise UsageError("the units' CUDA graphs are of what they were before", fix="compile() first, or plan with --compile --graphs")
+        self._undo.callback(compile_all(self._all_units(), options))
+
+    def record(self, graphs: Graphs | None = None) -> None:
+        """CUDA graphs of each unit's forward, compiled or not, streamed or resident, from its second call of a shape on. graphs: on another device than a GPU, for tests.
+
+        Raises Unsupported without a GPU.
+        """
+        self._refuse_closed()
+        if self.graphs is not None:
+            raise UsageError("the units have CUDA graphs already", fix="call record() once")
+        self.graphs = graphs or Graphs(self.module, self.plan, self.engine.device)
+        self._undo.callback(self.graphs.close)
+        for stage in self._all_units():
+            stage.call = self.graphs.of(stage.name, stage.module, stage.call, stage.forward)
+
+    def _all_units(self) -> list[Stage]:
+        """Residents' too, which run without a stage as long as nothing is to be done about them."""
         wrapped = {stage.name for stage in self._stages}
         for name in self._units:
             if name not in wrapped:
                 self._stage(name, self.module.get_submodule(name), None)
-        # Blocks of a class share their code, and each may be a case of its own to the compiler (layer_idx), of which it keeps 8.
-        config = torch._dynamo.config
-        limit = config.recompile_limit
-        config.recompile_limit = max(limit, 4 * len(self._units))
-        self._undo.callback(setattr, config, "recompile_limit", limit)
-        for stage in self._stages:
-            if stage.name:
-                stage.call = torch.compile(stage.call, **options)
+        return [stage for stage in self._stages if stage.name]
 
     # --- reading and giving back -------------------------------------------------------------------------------------------------------------------
 

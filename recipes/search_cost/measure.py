@@ -28,10 +28,12 @@ from gpuopt.core.progress import Silent
 from gpuopt.core.result import Status
 from gpuopt.core.search import SearchSpec
 from gpuopt.core.spec import BenchSpec, Candidate, Job
-from gpuopt.pipeline import explaining, facts, forking, isolate, machine, seats, trying, tune
-from gpuopt.pipeline.ahead import jobs_of_search, share_of_cores
-from gpuopt.pipeline.crew import Crew, gathered
-from gpuopt.pipeline.questions import Explained, Screen
+from gpuopt.pipeline import facts, forking, isolate, machine, seats
+from gpuopt.pipeline.cores import share_of_cores
+from gpuopt.pipeline.search import explaining, trying, tune
+from gpuopt.pipeline.search.ahead import jobs_of_search
+from gpuopt.pipeline.search.crew import Crew, gathered
+from gpuopt.pipeline.search.questions import Explained, Screen
 from recipes.search_cost import record as records
 from recipes.search_cost.record import Record, Row
 from recipes.search_cost.space import CASES, MOST, TINY_WAYS, WAYS, declared

@@ -17,8 +17,8 @@ from gpuopt.core.errors import BadInput
 from gpuopt.core.result import Device, Environment, Status
 from gpuopt.core.search import SearchSpec
 from gpuopt.core.spec import Candidate
-from gpuopt.pipeline import tune
-from gpuopt.pipeline.questions import Explained
+from gpuopt.pipeline.search import tune
+from gpuopt.pipeline.search.questions import Explained
 from recipes import result_file
 from recipes.search_cost.space import candidates
 

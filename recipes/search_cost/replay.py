@@ -1,4 +1,4 @@
-"""Record -> what the search would have cost: its strategy as it is (`gpuopt.pipeline.search`), every question answered out of the record. Pure.
+"""Record -> what the search would have cost: its strategy as it is (`gpuopt.pipeline.search.strategy`), every question answered out of the record. Pure.
 
     Screen   in the record: what it says. One above the question's limit is answered as screening does, without verification and without what that cost.
              outside it (a fix of the doctor's, a rewrite tried alone): `skipped` without a time, from which the strategy learns nothing; charged with what candidates of its
@@ -22,9 +22,9 @@ from gpuopt.core.errors import BadInput
 from gpuopt.core.result import Status
 from gpuopt.core.search import Screened, Search, Timed
 from gpuopt.core.spec import Candidate
-from gpuopt.pipeline import tune
-from gpuopt.pipeline.questions import Answer, Ask, Explain, Explained, Finalists, Finals, Mended, Screen
-from gpuopt.pipeline.search import search
+from gpuopt.pipeline.search import tune
+from gpuopt.pipeline.search.questions import Answer, Ask, Explain, Explained, Finalists, Finals, Mended, Screen
+from gpuopt.pipeline.search.strategy import search
 from recipes.search_cost.record import Record, Row
 
 GOAL_REACHED = 0.98

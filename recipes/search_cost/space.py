@@ -19,7 +19,7 @@ from typing import Any
 from gpuopt.core.errors import UsageError
 from gpuopt.core.search import SearchSpec
 from gpuopt.core.spec import BackendSpec, Candidate, ModelRef, Precision
-from gpuopt.pipeline import tune
+from gpuopt.pipeline.search import tune
 
 MOST = 24
 """Candidates of a space, the input among them."""

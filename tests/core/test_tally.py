@@ -22,6 +22,7 @@ CASES = [
     ("aten.baddbmm.default", [t(3, 4, 16), t(3, 4, 8), t(3, 8, 16)], t(3, 4, 16), 2 * 3 * 4 * 8 * 16),
     ("aten.addbmm.default", [t(4, 16), t(3, 4, 8), t(3, 8, 16)], t(4, 16), 2 * 3 * 4 * 8 * 16),
     ("aten.mv.default", [t(4, 8), t(8)], t(4), 2 * 4 * 8),
+    ("gpuopt.matvecs.default", [t(1, 1, 8), [t(16, 8), t(4, 8)]], [t(1, 1, 16), t(1, 1, 4)], 2 * 8 * 20),
     ("aten.dot.default", [t(8), t(8)], t(), 2 * 8),
     ("aten.linear.default", [t(2, 3, 8), t(16, 8), t(16)], t(2, 3, 16), 2 * 6 * 8 * 16),
     (

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gpuopt.core.errors import Unsupported, UsageError
 from gpuopt.generation import WAYS
@@ -189,3 +190,33 @@ def test_graphs_give_the_tokens_of_generate(make: Callable[[str], Any], name: st
         if not seed:
             loop = Stepped(found, WAYS[key], batch=2, prompt_tokens=found.length(prompt), new_tokens=20, stop_at_eos=False, device="cuda:0")
         assert torch.equal(loop(prompt), eager(found, prompt))
+
+
+@pytest.mark.gpu
+def test_the_matrix_vector_kernel_gives_the_tokens_of_plain_graphs() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 2048, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=256)
+    module = LlamaForCausalLM(config).eval().to("cuda", torch.float16)
+    found = subject(module)
+    prompt = {"input_ids": torch.randint(0, 2048, (1, 20), device="cuda")}
+    plain, ours = (
+        Stepped(found, WAYS[key], batch=1, prompt_tokens=20, new_tokens=24, stop_at_eos=False, device="cuda:0")
+        for key in (("cudagraphs", None), ("inductor", "gemv"))
+    )
+    agreeing = (plain(prompt) == ours(prompt)).float().mean()
+    assert ours.launcher.notes == ["15 products a step run in 9 launches of gpuopt's matrix-vector kernel"]
+    assert agreeing > 0.8, "random weights: ties within rounding may differ late"
+
+
+@pytest.mark.gpu
+def test_a_step_with_nothing_for_the_kernel_is_refused() -> None:
+    found = subject(llama_8b_tiny().cuda())
+    loop = Stepped(found, WAYS["inductor", "gemv"], batch=1, prompt_tokens=9, new_tokens=4, stop_at_eos=False, device="cuda:0")
+    with pytest.raises(Unsupported, match="no product of a step"):
+        loop({"input_ids": torch.randint(0, 90, (1, 9), device="cuda")})
+
+
+def test_the_matrix_vector_kernel_wants_a_gpu(make: Callable[[str], Any]) -> None:
+    with pytest.raises(Unsupported, match="NVIDIA GPU"):
+        stepped(subject(make("gpt2")), text(), way=WAYS["inductor", "gemv"])

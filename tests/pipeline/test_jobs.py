@@ -19,7 +19,7 @@ from gpuopt.core import codec
 from gpuopt.core.errors import BadInput, GpuoptError, OutOfMemory, ResourceError, Unavailable, Unsupported, UsageError
 from gpuopt.core.result import Device, Report, Samples, Stats, Status
 from gpuopt.core.spec import Gates, ModelRef
-from gpuopt.pipeline import ahead, facts, gates, isolate, jobs, worker
+from gpuopt.pipeline import cores, facts, gates, isolate, jobs, worker
 from gpuopt.pipeline import groups as groups_of
 from gpuopt.pipeline import machine as machines
 from gpuopt.pipeline.isolate import Child, ChildFailed
@@ -130,12 +130,12 @@ def test_candidates_built_at_once_end_as_they_do_one_after_the_other(
 def test_candidates_of_a_gpu_built_at_once_share_the_cores_and_those_of_a_cpu_do_not(tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
-    monkeypatch.setattr(ahead.cpu, "num_cores", lambda: 16)
+    monkeypatch.setattr(cores.cpu, "num_cores", lambda: 16)
     gpu, cpu = (Device(id=kind, name="", kind=kind) for kind in ("cuda", "cpu"))
-    assert ahead.share_of_cores(gpu, 3) == {"OMP_NUM_THREADS": "5", "TORCHINDUCTOR_COMPILE_THREADS": "5"}
-    assert ahead.share_of_cores(cpu, 3) == {} == ahead.share_of_cores(gpu, 1)
+    assert cores.share_of_cores(gpu, 3) == {"OMP_NUM_THREADS": "5", "TORCHINDUCTOR_COMPILE_THREADS": "5"}
+    assert cores.share_of_cores(cpu, 3) == {} == cores.share_of_cores(gpu, 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert ahead.share_of_cores(gpu, 3) == {"TORCHINDUCTOR_COMPILE_THREADS": "5"}, "the user's own number stands"
+    assert cores.share_of_cores(gpu, 3) == {"TORCHINDUCTOR_COMPILE_THREADS": "5"}, "the user's own number stands"
 
 
 def test_an_interrupt_while_several_are_being_built_leaves_no_child_and_waits_for_none(

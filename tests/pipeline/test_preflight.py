@@ -14,7 +14,8 @@ from gpuopt.core.errors import Unavailable, UsageError
 from gpuopt.core.search import SearchSpec
 from gpuopt.core.spec import BackendSpec, EvalSpec, InputSpec, Job
 from gpuopt.devices import ceilings
-from gpuopt.pipeline import doctor, isolate, jobs, matrix, optimize, preflight
+from gpuopt.pipeline import doctor, isolate, jobs, matrix, preflight
+from gpuopt.pipeline.search import optimize
 
 VERBS: dict[str, Callable[[Job], Any]] = {
     "profile": jobs.profile,

@@ -533,3 +533,12 @@ def test_every_product_pytorch_can_dispatch_to_is_in_a_table_or_unknown():
         if not formulas.is_product(name) and formulas.is_zero_when_dispatched(name):
             slipped.append(full)
     assert slipped == []
+
+
+def test_one_row_times_several_matrices_is_counted() -> None:
+    from gpuopt.programs import ops
+
+    ops.register()
+    weights = [torch.randn(n, 8) for n in (16, 4)]
+    found = counted(Call(lambda x: torch.ops.gpuopt.matvecs(x, weights)[0]), torch.randn(1, 8))
+    assert found.flops == 2 * 8 * 20

@@ -97,7 +97,7 @@ def measured(opened: Opened, ready: Ready, blocks: Sequence[Timed], meters: Mete
     middle = median(ordered)
     stalls = [ns / 1e6 for block in blocks for ns in block.stall_ns]
     prompts = [ns / 1e6 for block in blocks for ns in block.prompt_ns]
-    notes = list(ready.notes)
+    notes = list(dict.fromkeys((*ready.notes, *meters.notes)))
     if prompts:
         notes.append(f"the prompt's forward, which makes the first token, takes {median(prompts):.4g} ms")
     return Streamed(

@@ -10,10 +10,10 @@ from gpuopt.core.errors import GpuoptError
 from gpuopt.core.progress import Progress
 from gpuopt.core.result import Report, Run
 from gpuopt.core.spec import Candidate, Job
-from gpuopt.core.streamed import RIVALS, StreamArm, StreamRequest, StreamRow
+from gpuopt.core.streamed import RIVALS, OverEager, StreamArm, StreamRequest, StreamRow
 from gpuopt.core.streaming import Plan, StreamSpec
 from gpuopt.pipeline.isolate import ChildFailed
-from gpuopt.pipeline.streamed import device
+from gpuopt.pipeline.streamed import device, eager
 from gpuopt.pipeline.streamed.arms import (
     BLOCK_CALLS,
     RESIDENT,
@@ -36,6 +36,8 @@ RIVAL_S = 8.0
 """Of timed calls, a rival and budget: one that is slow gets fewer of them, and its row says how many."""
 RIVAL_CALLS = 3
 """However slow."""
+AGAIN = "resident"
+"""The rival that is plain eager once more."""
 RIVAL_TOKENS = 16
 """A rival generates at most so many: its forwards after the prompt's take the same time each."""
 
@@ -152,16 +154,54 @@ def _row(bench: _Bench, number: int, spec: StreamSpec) -> None:
     found = _in_turns(bench, live, blocks_of(bench.request))
     seen = measured(own.known, ready, found[own.key], own.ask("meters", Meters))
     seen = replace(seen, exact=None if bench.reference is None else answer.digest == bench.reference.digest)
-    bench.rows.append(StreamRow(measured=seen, spans=planned.spans))
+    bench.rows.append(StreamRow(measured=seen, spans=planned.spans, over_eager=_over_eager(bench, seen.plan)))
     bench.runs.append(run_of(bench.job, own.known, seen, flat(found[own.key])))
     if bench.whole is not None:
         bench.resident += found[bench.whole.key]
         bench.arms[0] = replace(bench.arms[0], peak_device_bytes=_peak(bench.whole.ask("meters", Meters), seen.plan))
-    for name in bench.request.rivals if bench.others is not None else ():
+    for name in bench.request.rivals:
+        if bench.others is None or not RIVALS[name].library:
+            continue
         budgeted = RIVALS[name].takes_budget
         if budgeted or not any(arm.rival == name for arm in bench.arms):
             bench.arms.append(_against(bench, name, number, seen.plan, budgeted=budgeted))
             bench.tell(bench.own.known)
+
+
+def _over_eager(bench: _Bench, plan: Plan) -> OverEager | None:
+    """Against plain eager, where the plan is that but for what streaming adds: all weights on the device. None where it is not, and on paper."""
+    if plan.binding or plan.anatomy.host or bench.own.known.device is None or bench.request.alone:
+        return None
+    others = {RESIDENT: bench.whole} if bench.whole is not None else {}
+    again = _again(bench, plan) if AGAIN in bench.request.rivals else None
+    if again is not None:
+        others[RIVALS[AGAIN].title] = again
+
+    def lost(name: str, reason: str) -> None:
+        bench.progress.warn(f"{name} stopped: {reason}")
+        if name == RESIDENT:
+            bench.whole = None
+
+    found = eager.over_eager(bench.own, others, bench.request, bench.progress, on_lost=lost)
+    if again is not None and not _released(again):
+        bench.others = None
+    return found
+
+
+def _again(bench: _Bench, plan: Plan) -> Arm | None:
+    """Plain eager in the rivals' child; None, with a warning, where it cannot be."""
+    arm = bench.others
+    if arm is None:
+        return None
+    try:
+        arm.ask("resident", Ready, spec=plan.spec)
+        arm.ask("warm", type(None))
+    except ChildFailed as failure:
+        bench.progress.warn(f"{RIVALS[AGAIN].title}: {failure.reason}")
+        if not _released(arm):
+            bench.others = None
+        return None
+    return arm
 
 
 def _against(bench: _Bench, name: str, number: int, plan: Plan, *, budgeted: bool) -> StreamArm:

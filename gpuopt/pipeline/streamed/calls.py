@@ -85,19 +85,19 @@ class Work:
             tokens: torch.Tensor = self._generator(self._subject.prompt(named), mark)
         return tokens
 
+    def of(self, tokens: int) -> Work:
+        """The same call, generating so many tokens."""
+        return replace(self, new_tokens=tokens, _generator=None)
+
     def warm(self) -> Any:
         """A call that nobody counts: a forward, or the first few tokens of a generation, which take all that it takes but the last of the cache."""
         if not self.new_tokens or self.new_tokens <= WARM_TOKENS:
             return self.call()
-        return replace(self, new_tokens=WARM_TOKENS, _generator=None).call()
+        return self.of(WARM_TOKENS).call()
 
     def brief(self) -> Any:
         """A call to time units in: a forward, or the first tokens of a generation."""
-        return (
-            replace(self, new_tokens=max(WARM_TOKENS, min(BRIEF_TOKENS, self.new_tokens)), _generator=None).call()
-            if self.new_tokens
-            else self.call()
-        )
+        return self.of(max(WARM_TOKENS, min(BRIEF_TOKENS, self.new_tokens))).call() if self.new_tokens else self.call()
 
     def call(self) -> Any:
         """What is timed: a forward, or a whole generation."""

@@ -52,6 +52,14 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Plained:
+    """After `plain`: blocks may be of plain eager too."""
+
+    apart: bool
+    """Its weights lie in memory of their own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Timed:
     """A block of calls. With generation, of its forwards after the prompt's."""
 
@@ -65,12 +73,14 @@ class Timed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Meters:
-    """Memory, after the timed calls."""
+    """Memory, after the timed calls, and what they had to be said of."""
 
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     peak_device_bytes: int | None = None
     host_rss_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+    """Of what is bound, those known at binding among them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,7 @@ class StreamedModule:
         self.module: Any = session.work.module
         self.plan = plan
         """As it came out: what stays, what moves through which slot, and what a forward should take."""
-        self.notes = notes
+        self._notes = notes
         _open.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -43,6 +43,11 @@ class StreamedModule:
         if name in ("module", "_session"):  # not yet, or not any more: a copy is being made
             raise AttributeError(name)
         return getattr(self.module, name)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of the model and of its plan; of CUDA graphs, once it was called."""
+        return tuple(dict.fromkeys((*self._notes, *self._session.notes)))
 
     @property
     def demand_fetches(self) -> int:

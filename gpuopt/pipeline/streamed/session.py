@@ -25,7 +25,8 @@ from gpuopt.pipeline.streamed import files, rivals, verified
 from gpuopt.pipeline.streamed import model as stream_model
 from gpuopt.pipeline.streamed.calls import Work, cache_bytes, rings_of, timed
 from gpuopt.pipeline.streamed.device import StreamDevice, made_up, parse
-from gpuopt.pipeline.streamed.facts import Answer, Checked, Meters, Opened, PackedFolder, Planned, Ready, Timed
+from gpuopt.pipeline.streamed.facts import Answer, Checked, Meters, Opened, PackedFolder, Plained, Planned, Ready, Timed
+from gpuopt.pipeline.streamed.plain import Plain, plainly
 from gpuopt.pipeline.streamed.rivals.resident import whole
 from gpuopt.streaming import anatomy as anatomies
 from gpuopt.streaming import bound as binding
@@ -55,7 +56,7 @@ class StreamSession:
         self._baseline_bytes: int | None = None
         """Of the device's memory, allocated in this process before this session did anything."""
         self._anatomies: dict[tuple[str, str], Anatomy] = {}
-        self._calibrations: dict[tuple[str, str, bool], Calibration] = {}
+        self._calibrations: dict[tuple[str, str, bool, bool], Calibration] = {}
         self._plans: dict[StreamSpec, Plan] = {}
         self._gpu: Any = None
         """The device's engine, one for all plans: what it locked once stays locked."""
@@ -65,6 +66,10 @@ class StreamSession:
         """A caller's module, whose host memory is freed for what is resident."""
         self._engine: Any = None
         self._bound: Any = None
+        self._plain: Plain | None = None
+        """The module before it was bound, where nothing is streamed."""
+        self._aside = contextlib.ExitStack()
+        """What plain eager needs beside what is bound."""
         self._bounds: list[Any] = []
         """Whatever is bound and not closed yet, in whosever hands."""
 
@@ -160,7 +165,7 @@ class StreamSession:
         return self._plans[spec]
 
     def _calibrated(self, anatomy: Anatomy, spec: StreamSpec) -> Calibration:
-        key = (spec.granularity, spec.embed, spec.compile)
+        key = (spec.granularity, spec.embed, spec.compile, spec.graphs)
         if key not in self._calibrations:
             self._calibrations[key] = self._calibration(anatomy, spec)
         return self._calibrations[key]
@@ -254,10 +259,15 @@ class StreamSession:
             from gpuopt.pipeline.streamed import measured
 
             self._stack.enter_context(measured.held_to(plan, self._device.id))
+        plain = None if plan.binding or self._is_live else Plain(self._module)
         bound = self._bound = self._stack.enter_context(self._streamed(plan))
+        if plain is not None:
+            plain.note()
+        self._plain = plain
         setup_s = time.monotonic() - began
         if spec.elastic:
-            self._work.call()  # what a call needs shows when it is made
+            for _ in range(2 if spec.graphs else 1):  # what a call needs shows when it is made; graphs are recorded in the second
+                self._work.call()
         return Ready(
             setup_s=setup_s,
             plan=bound.plan,
@@ -347,10 +357,33 @@ class StreamSession:
             torch.cuda.synchronize(self._device.id)
             torch.cuda.reset_peak_memory_stats(self._device.id)
 
-    def block(self, count: int) -> Timed:
-        """`count` calls, timed."""
-        found = timed(self._work, count, self._engine if self._device.is_simulated else None)
+    def block(self, count: int, tokens: int | None = None, plain: bool = False) -> Timed:
+        """`count` calls, timed. tokens: of each generation, instead of those asked for. plain: after `plain`, with nothing of the binding on the module."""
+        work = self._work if tokens is None else self._work.of(tokens)
+        with contextlib.ExitStack() as stack:
+            if self._plain is not None and self._plain.is_known:
+                with self._plain.entered():  # either kind of block comes after the same going back and forth
+                    pass
+            if plain:
+                assert self._plain is not None, "`plain` comes first"
+                stack.enter_context(self._plain.entered())
+            found = timed(work, count, self._engine if self._device.is_simulated else None)
         return replace(found, demand_fetches=self.demand_fetches)
+
+    def plain(self) -> Plained:
+        """Blocks may be of plain eager from now on, its weights in memory of their own where there is room for that. Raises Unsupported on paper, and where something is streamed."""
+        if self._device.is_simulated or self._plain is None or self._bound is None:
+            raise Unsupported("plain eager is timed where nothing is streamed, on a device that is there", fix="--budget 100%")
+        self.unplain()
+        self._aside = self._stack.enter_context(contextlib.ExitStack())
+        apart = self._aside.enter_context(plainly(self._plain, self._bound, self._device.id))
+        with self._plain.entered():
+            self.warm()
+        return Plained(apart=apart)
+
+    def unplain(self) -> None:
+        """What that took of the device is free. Harmless twice."""
+        self._aside.close()
 
     def answer(self) -> Answer:
         """One call's outputs."""
@@ -359,13 +392,14 @@ class StreamSession:
     def meters(self) -> Meters:
         """Memory by now."""
         if self._device.is_simulated:
-            return Meters(host_rss_bytes=hostmemory.peak_bytes())
+            return Meters(host_rss_bytes=hostmemory.peak_bytes(), notes=self.notes)
         free, total = torch.cuda.mem_get_info(self._device.id)
         return Meters(
             peak_allocated_bytes=torch.cuda.max_memory_allocated(self._device.id),
             peak_reserved_bytes=torch.cuda.max_memory_reserved(self._device.id),
             peak_device_bytes=max(0, total - free - self._others_bytes),
             host_rss_bytes=hostmemory.peak_bytes(),
+            notes=self.notes,
         )
 
     def verify(self, spec: StreamSpec, forwards: int) -> Checked:
@@ -400,6 +434,11 @@ class StreamSession:
     def demand_fetches(self) -> int:
         """Of what is bound, so far."""
         return self._bound.streamer.demand_fetches if self._bound is not None else 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is said of what is bound by now: of CUDA graphs, only calls tell."""
+        return tuple(self._bound.notes) if self._bound is not None else ()
 
     # -- for what verifies --------------------------------------------------------------------------------------------------------------------------
 
@@ -438,6 +477,7 @@ class StreamSession:
         had = self._bound is not None
         self._bound = None
         self._stack.close()
+        self._plain = None
         if had and not self._device.is_simulated:
             torch.cuda.empty_cache()
 

@@ -10,6 +10,7 @@ import importlib
 OPS: dict[str, str] = {
     "conv_relu": "gpuopt.programs.ops.conv",
     "linear_gelu": "gpuopt.programs.ops.linear_gelu",
+    "matvecs": "gpuopt.programs.ops.matvec",
 }
 """Name of the operator -> the module that registers it on import."""
 

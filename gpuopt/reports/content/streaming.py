@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from gpuopt.core.result import Report
-from gpuopt.core.streamed import StreamArm, StreamReport, StreamRow, StreamSpan
+from gpuopt.core.streamed import Ratio, StreamArm, StreamReport, StreamRow, StreamSpan
 from gpuopt.core.streaming import Plan, Streamed
 from gpuopt.reports import figures as f
 from gpuopt.reports import frontier
@@ -86,6 +86,8 @@ def build(report: Report) -> list[Block]:
         blocks.append(_frontier(told, rows))
     if told.action == "bench" and (drawn := _chart(report)) is not None:
         blocks.append(drawn)
+    if any(row.over_eager is not None for row in rows):
+        blocks.append(_eager(rows, several=several))
     if any(arm.rival for arm in told.arms):
         blocks.append(_rivals(told))
     for row in rows:
@@ -212,6 +214,43 @@ def _spread(arm: StreamArm) -> Cell:
     if arm.p10_ms is None or arm.p90_ms is None:
         return Cell(f.MISSING, "dim")
     return Cell(f"{f.ms(arm.p10_ms)}..{f.ms(arm.p90_ms)}")
+
+
+def _eager(rows: Sequence[StreamRow], *, several: bool) -> Table:
+    """Where nothing is streamed: what streaming adds to plain eager, and how far processes differ that run the same."""
+    columns = (
+        Column("run"),
+        Column("process"),
+        Column("median", right=True),
+        Column("over plain eager here", right=True),
+        Column("95% interval", right=True),
+        Column("pairs", right=True, spare=1),
+    )
+    dash = Cell(f.MISSING, "dim")
+    cells: list[tuple[Cell, ...]] = []
+    notes = [
+        "here: one process and one module object, bound and not bound by turns. Elsewhere plain eager runs in a process of its own: what differs there is the process"
+    ]
+    for row in rows:
+        told, plan = row.over_eager, row.planned
+        if told is None or plan is None:
+            continue
+        if told.over is None:
+            notes.append(f"{_short(plan)}: not timed beside plain eager: {clean(told.reason, 300)}")
+            continue
+        name = f"streamed, {_short(plan)}" if several else "streamed"
+        cells.append((Cell("plain eager"), Cell("here"), Cell(f.ms(told.eager_ms)), dash, dash, dash))
+        cells.append((Cell(name, "strong"), Cell("here"), Cell(f.ms(told.streamed_ms)), *_over(told.over)))
+        cells += [(Cell("plain eager"), Cell(clean(one.name, 60)), Cell(f.ms(one.median_ms)), *_over(one.over)) for one in told.others]
+        if not told.apart:
+            notes.append("plain eager reads the weights where the plan laid them: there was no room for its own")
+    return Table(title="Beside plain eager", columns=columns, rows=tuple(cells), notes=tuple(dict.fromkeys(notes)))  # fmt: skip
+
+
+def _over(over: Ratio) -> tuple[Cell, Cell, Cell]:
+    known = over.percents
+    interval = f"{known[0]:+.2f}..{known[1]:+.2f}%" if known is not None else "too few pairs"
+    return Cell(f"{over.percent:+.2f}%"), Cell(interval), Cell(str(over.num_pairs))
 
 
 def _rivals(told: StreamReport) -> Table:

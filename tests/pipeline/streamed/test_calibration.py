@@ -155,8 +155,9 @@ def test_a_budget_in_bytes_is_kept_while_calibrating_too() -> None:
 def test_units_timed_with_pauses_take_the_shares_of_a_forward_without_where_the_device_is_what_it_waits_for() -> None:
     """A card at its power limit: 118.9 ms unit by unit, 126.3 ms back to back."""
     alone = {"a": 40.0, "b": 60.0, "": 5.0}
-    warm = measured._as_warm(alone, 10.0, 110.0)
+    warm = measured._as_whole(alone, 10.0, 110.0)
     assert sum(warm.values()) == pytest.approx(110.0) and warm["b"] / warm["a"] == pytest.approx(1.5)
-    assert measured._as_warm(alone, 100.0, 110.0) == alone, "the host is as slow: what is left may be its"
-    assert measured._as_warm(alone, 10.0, 400.0) == alone, "most of the forward is something else"
-    assert measured._as_warm(alone, 10.0, 90.0) == alone
+    assert measured._as_whole(alone, 100.0, 110.0) == alone, "the host is as slow: what is left may be its"
+    assert measured._as_whole(alone, 10.0, 400.0) == alone, "most of the forward is something else"
+    slow = measured._as_whole(alone, 100.0, 90.0)
+    assert sum(slow.values()) == pytest.approx(90.0), "units take no longer together than the forward that has all of them"

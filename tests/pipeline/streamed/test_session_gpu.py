@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ import streams
 from gpuopt.core.spec import Candidate, DimSpec, InputSpec, ModelRef
 from gpuopt.core.streamed import StreamRequest
 from gpuopt.core.streaming import StreamSpec
+from gpuopt.pipeline.streamed import eager
 from gpuopt.pipeline.streamed.session import StreamSession
 
 pytestmark = pytest.mark.gpu
@@ -67,12 +67,18 @@ def test_a_forward_takes_what_the_plan_says_and_is_near_the_bound(session: Strea
 
 
 def test_everything_that_fits_costs_next_to_nothing(session: StreamSession) -> None:
-    whole, fitting = [], []
-    for _ in range(3):  # in turns: the launching host is shared
-        session.resident(StreamSpec(budget_share=1.0))
-        session.warm()
-        whole.append(sorted(session.block(50).samples_ns)[25])
-        session.bind(StreamSpec(budget_share=1.0))
-        session.warm()
-        fitting.append(sorted(session.block(50).samples_ns)[25])
-    assert median(fitting) <= 1.03 * median(whole), (whole, fitting)
+    session.bind(StreamSpec(budget_share=1.0))
+    session.warm()
+    wanted, taken = session.answer(), torch.cuda.memory_allocated()
+    assert session.plain().apart
+    assert torch.cuda.memory_allocated() > 1.8 * taken, "plain eager has weights of its own"
+    streamed, plain = [], []
+    for number in range(40):  # in turns: the launching host is shared
+        for is_plain in (False, True) if number % 2 else (True, False):
+            (plain if is_plain else streamed).append(session.block(10, plain=is_plain).samples_ns)
+    assert session.answer() == wanted
+    over = eager.ratio(streamed, plain)
+    assert over.under(1.0) != "missed", over
+    session.unplain()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() <= 1.05 * taken

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from gpuopt.programs.ops import conv, linear_gelu
+from gpuopt.programs.ops import conv, linear_gelu, matvec
 
 pytestmark = pytest.mark.gpu
 
@@ -116,3 +116,75 @@ def test_a_compiler_takes_them_whole(mode, forgetful):
             torch.compiler.cudagraph_mark_step_begin()
             ran = ops_of(lambda: run(given))
         assert {"gpuopt::conv_relu", "gpuopt::linear_gelu"}.isdisjoint(ran), ("a replay dispatches no op", ran, told)
+
+
+WIDTHS = [64, 1000, 4096, 5000, 8192, 14336]
+
+
+@pytest.mark.parametrize("dtype", matvec.HALVES, ids=str)
+@pytest.mark.parametrize("heights", [(1,), (129,), (4096, 1024, 1024), (7, 2048)], ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_products_of_one_row(width, heights, dtype):
+    row = torch.randn(1, 1, width, device="cuda").to(dtype)
+    weights = [torch.randn(height, width, device="cuda").to(dtype) for height in heights]
+    assert all(matvec.takes(row, weight) for weight in weights)
+    for out, weight in zip(matvec.matvecs(row, weights), weights, strict=True):
+        ref = row.double() @ weight.double().T
+        assert out.shape == ref.shape and ((out - ref).norm() / ref.norm()) < LIMITS[dtype]
+
+
+def test_they_run_in_one_kernel_of_ours():
+    row = torch.randn(1, 4096, device="cuda").half()
+    weights = [torch.randn(height, 4096, device="cuda").half() for height in (4096, 1024, 1024)]
+    call = lambda: matvec.matvecs(row, weights)  # noqa: E731
+    call()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    names = [event.name for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len([name for name in names if "_matvecs" in name]) == 1 == len([n for n in names if "memcpy" not in n.lower()]), names
+
+
+@pytest.mark.parametrize("case", ["two rows", "fp32", "ragged", "unaligned", "transposed"])
+def test_what_the_kernel_does_not_take_is_computed_all_the_same(case):
+    row, weight = torch.randn(1, 4096, device="cuda").half(), torch.randn(512, 4096, device="cuda").half()
+    if case == "two rows":
+        row = torch.randn(2, 4096, device="cuda").half()
+    elif case == "fp32":
+        row, weight = row.float(), weight.float()
+    elif case == "ragged":
+        row, weight = row[:, :4095].contiguous(), weight[:, :4095].contiguous()
+    elif case == "unaligned":
+        weight = torch.randn(512 * 4096 + 1, device="cuda").half()[1:].view(512, 4096)
+    else:
+        weight = torch.randn(4096, 512, device="cuda").half().T
+    (out,) = matvec.matvecs(row, [weight])
+    ref = row.double() @ weight.double().T
+    assert ((out - ref).norm() / ref.norm()) < 1e-3
+
+
+def test_a_chain_of_them_in_a_graph_reads_what_the_one_before_wrote():
+    """Each begins while the one before it ends: one that read its input too early would be found here."""
+    torch.manual_seed(1)
+    weights = [(torch.randn(4096, 4096, device="cuda") / 64).bfloat16() for _ in range(4)]
+    start = torch.randn(1, 4096, device="cuda").bfloat16()
+
+    def chain(row):
+        for number in range(40):
+            (row,) = matvec.matvecs(row, [weights[number % 4]])
+            row = row / row.float().norm().to(row.dtype) * 64 if number % 5 == 4 else row
+        return row
+
+    wanted = chain(start)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        chain(start)
+    torch.cuda.synchronize()
+    graph, given = torch.cuda.CUDAGraph(), start.clone()
+    with torch.cuda.graph(graph, stream=stream):
+        out = chain(given)
+    for number in range(60):
+        given.copy_(start if number % 2 else start.flip(-1))
+        graph.replay()
+        if number % 2:
+            assert torch.equal(out, wanted), number

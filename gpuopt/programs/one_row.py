@@ -1,0 +1,97 @@
+"""A graph that torch.compile traced -> the same graph, its products of one row in `gpuopt::matvecs`: those of the same row in one launch.
+
+In Inductor's pre-grad pass and not in the module, as `programs/flex.py`: any module has it so, and the prefill, whose products have many rows, is left as it is. Only products
+without a bias: a bias added afterwards would be rounded twice.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.nn import functional as F
+
+from gpuopt.programs.ops import matvec
+
+_LINEAR = (F.linear, torch.ops.aten.linear.default)
+LEAST_BYTES = 1 << 20
+"""Of the matrices of one launch: below it, the launch is what costs, and Inductor fuses such a product with what lies around it."""
+
+
+class OneRow(CustomGraphPass):
+    """A pre-grad pass. `num_changed`: products, `num_launches`: what they became. `takes`: of an input and a weight, `matvec.takes` but in tests."""
+
+    def __init__(self, takes: Callable[[Tensor, Tensor], bool] = matvec.takes, least_bytes: int = LEAST_BYTES) -> None:
+        self.num_changed = self.num_launches = 0
+        self._takes, self._least = takes, least_bytes
+
+    def __call__(self, graph: fx.Graph) -> None:
+        together: dict[fx.Node, list[fx.Node]] = {}
+        for node in graph.nodes:
+            if node.op == "call_function" and node.target in _LINEAR and self._is_taken(node):
+                together.setdefault(node.args[0], []).append(node)
+        order = {node: place for place, node in enumerate(graph.nodes)}
+        for products in together.values():
+            for start in range(0, len(products), matvec.MOST):
+                part = products[start : start + matvec.MOST]
+                # A weight that is computed only after the first of them (none of a model's is) cannot be read there.
+                part = [product for product in part if _weight(product) is not None and order[_weight(product)] < order[part[0]]]
+                if part and sum(_bytes(_weight(product)) for product in part) >= self._least:
+                    self._join(graph, part)
+
+    def _join(self, graph: fx.Graph, products: list[fx.Node]) -> None:
+        row = products[0].args[0]  # now: where one product reads another, that one has been replaced
+        with graph.inserting_before(products[0]):
+            call = graph.call_function(torch.ops.gpuopt.matvecs.default, (row, [_weight(product) for product in products]))
+            call.meta["example_value"] = [product.meta.get("example_value") for product in products]
+            for place, product in enumerate(products):
+                found = graph.call_function(operator.getitem, (call, place))
+                found.meta = dict(product.meta)
+                product.replace_all_uses_with(found)
+        for product in products:
+            graph.erase_node(product)
+        self.num_changed += len(products)
+        self.num_launches += 1
+
+    def _is_taken(self, node: fx.Node) -> bool:
+        given = {**dict(zip(("input", "weight", "bias"), node.args)), **node.kwargs}
+        if not node.args or given.get("bias") is not None:
+            return False
+        row, weight = _value(given["input"]), _value(given.get("weight"))
+        return row is not None and weight is not None and self._takes(row, weight)
+
+    def __deepcopy__(self, memo: Any) -> OneRow:
+        """Settings are copied deeply in places; what a copy counted would be lost."""
+        return self
+
+    def uuid(self) -> None:
+        """Compiled anew each time, as with `flex.Flex`."""
+        return None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of Inductor, to be compiled with."""
+        # Newer versions ask a pass without a uuid to say that it runs before caches are looked into, and warn where it does not.
+        is_asked = "pre_grad_pass_timing" in torch._inductor.config.get_config_copy()
+        return {"pre_grad_custom_pass": self, **({"pre_grad_pass_timing": "early"} if is_asked else {})}
+
+
+def _weight(node: fx.Node) -> Any:
+    return node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+
+
+def _value(node: Any) -> Tensor | None:
+    """What it was while traced, where its sizes are known."""
+    found = node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else None
+    return found if isinstance(found, Tensor) and all(isinstance(size, int) for size in found.shape) else None
+
+
+def _bytes(node: Any) -> int:
+    value = _value(node)
+    return math.prod(value.shape) * value.element_size() if value is not None else 0
