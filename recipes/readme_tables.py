@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 MARK = re.compile(r"<!-- table:(?P<name>[\w-]+) -->\n.*?<!-- /table -->", re.DOTALL)
 GENERATED = re.compile(r"<!-- generated:(?P<name>[\w-]+) -->\n.*?<!-- /generated -->", re.DOTALL)
+WIDE = 1.1
 SEARCH = re.compile(r"<!-- search:(?P<name>[\w-]+) -->\n.*?<!-- /search -->", re.DOTALL)
 
 
@@ -120,10 +121,18 @@ def row(run: Run) -> str:
         f"{run.pct_of_measured:.1f}%" if run.pct_of_measured else "",
         f"{run.pct_of_sustained:.1f}%" if run.pct_of_sustained else "",
         f"{run.pct_of_spec:.1f}%" if run.pct_of_spec else "",
-        f"{relative:.2f}x",
+        f"{relative:.2f}x{_spread(run)}",
         f"{error:.1e}" if error is not None else "",
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _spread(run: Run) -> str:
+    """The interval of a ratio that is known to no better than a tenth."""
+    found = run.relative
+    if found is None or found.ci95_low is None or found.ci95_high is None or found.ci95_high <= WIDE * found.ci95_low:
+        return ""
+    return f" ({found.ci95_low:.1f} to {found.ci95_high:.1f})"
 
 
 def render(text: str) -> str:

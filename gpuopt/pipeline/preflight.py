@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpuopt import loaders
+from gpuopt import generation, loaders
 from gpuopt.backends import BACKENDS, listed
 from gpuopt.core import registry
 from gpuopt.core.errors import GpuoptError, UsageError
@@ -17,9 +17,13 @@ from gpuopt.loaders import named
 from gpuopt.trust.policy import printable
 
 
+ONLY_TO_GENERATE = frozenset({"static", "tuned", "gemv"})
+"""Presets that no backend has."""
+
+
 def require(job: Job) -> None:
     """Raises what all candidates would end with for one and the same reason. One of several that cannot be is a result among others, as it always was."""
-    errors = [_error(candidate) for candidate in job.candidates]
+    errors = [_error(candidate, generates=job.generate is not None) for candidate in job.candidates]
     told = {(type(error), error.message) for error in errors if error is not None}
     if errors and errors[0] is not None and None not in errors and len(told) == 1:
         raise errors[0]
@@ -34,9 +38,11 @@ def presets(job: Job) -> Iterator[BackendSpec]:
     yield from (spec for spec in searched if spec.preset is not None and str(spec) not in of_candidates)
 
 
-def _error(candidate: Candidate) -> GpuoptError | None:
+def _error(candidate: Candidate, *, generates: bool) -> GpuoptError | None:
     try:
         _require(candidate)
+        if not generates:
+            _require_no_way(candidate.backend)
     except GpuoptError as error:
         return error
     return None
@@ -51,6 +57,12 @@ def _require(candidate: Candidate) -> None:
     if candidate.inputs.file is not None:
         _require_file(candidate.inputs.file, "--inputs")
     _require_data(candidate.evaluation)
+
+
+def _require_no_way(backend: BackendSpec) -> None:
+    """Some presets are ways to generate, which a backend knows nothing of."""
+    if backend.preset in ONLY_TO_GENERATE and (backend.name, backend.preset) in generation.WAYS:
+        raise UsageError(f"{backend} is a way to generate tokens", fix="--generate N, or another preset")
 
 
 def _require_data(spec: EvalSpec) -> None:

@@ -20,8 +20,12 @@ from torch.nn import functional as F
 from gpuopt.programs.ops import matvec
 
 _LINEAR = (F.linear, torch.ops.aten.linear.default)
+_IN_PLACE = frozenset(
+    {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.imatmul, operator.itruediv, operator.ifloordiv, operator.imod}
+    | {operator.ipow, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift, operator.iconcat}
+)
 LEAST_BYTES = 1 << 20
-"""Of the matrices of one launch: below it, the launch is what costs, and Inductor fuses such a product with what lies around it."""
+"""Of the matrices of one launch: smaller products are left to Inductor, which fuses them with what lies around them."""
 
 
 class OneRow(CustomGraphPass):
@@ -32,17 +36,17 @@ class OneRow(CustomGraphPass):
         self._takes, self._least = takes, least_bytes
 
     def __call__(self, graph: fx.Graph) -> None:
-        together: dict[fx.Node, list[fx.Node]] = {}
+        together: dict[tuple[Any, int], list[fx.Node]] = {}
+        num_written = 0
         for node in graph.nodes:
+            # Products move up to the first of their row, so nothing may be written in between: this graph still has operations that do.
+            num_written += _writes(node)
             if node.op == "call_function" and node.target in _LINEAR and self._is_taken(node):
-                together.setdefault(node.args[0], []).append(node)
-        order = {node: place for place, node in enumerate(graph.nodes)}
+                together.setdefault((node.args[0], num_written), []).append(node)
         for products in together.values():
             for start in range(0, len(products), matvec.MOST):
                 part = products[start : start + matvec.MOST]
-                # A weight that is computed only after the first of them (none of a model's is) cannot be read there.
-                part = [product for product in part if _weight(product) is not None and order[_weight(product)] < order[part[0]]]
-                if part and sum(_bytes(_weight(product)) for product in part) >= self._least:
+                if sum(_bytes(_weight(product)) for product in part) >= self._least:
                     self._join(graph, part)
 
     def _join(self, graph: fx.Graph, products: list[fx.Node]) -> None:
@@ -63,7 +67,11 @@ class OneRow(CustomGraphPass):
         given = {**dict(zip(("input", "weight", "bias"), node.args)), **node.kwargs}
         if not node.args or given.get("bias") is not None:
             return False
-        row, weight = _value(given["input"]), _value(given.get("weight"))
+        held = given.get("weight")
+        # The kernel reads weights before the kernel in front of it has ended: they must be the module's own, not what that one writes.
+        if not isinstance(held, fx.Node) or held.op not in ("placeholder", "get_attr"):
+            return False
+        row, weight = _value(given["input"]), _value(held)
         return row is not None and weight is not None and self._takes(row, weight)
 
     def __deepcopy__(self, memo: Any) -> OneRow:
@@ -80,6 +88,16 @@ class OneRow(CustomGraphPass):
         # Newer versions ask a pass without a uuid to say that it runs before caches are looked into, and warn where it does not.
         is_asked = "pre_grad_pass_timing" in torch._inductor.config.get_config_copy()
         return {"pre_grad_custom_pass": self, **({"pre_grad_pass_timing": "early"} if is_asked else {})}
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a tensor may be changed in place: `x.add_(1)`, `x += 1`, `x[0] = 1`, `out=`."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = name.split(".")[0]
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or "out" in node.kwargs or node.target in _IN_PLACE
 
 
 def _weight(node: fx.Node) -> Any:

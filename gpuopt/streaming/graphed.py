@@ -25,7 +25,7 @@ from gpuopt.core.streaming import Ledger, Plan
 from gpuopt.core.units import format_bytes
 from gpuopt.programs.capture import Recorder
 from gpuopt.streaming.arguments import Layout, Refused, copy_into, filled, flat
-from gpuopt.streaming.looking import Look, look
+from gpuopt.streaming.looking import Look, is_same, look
 from gpuopt.streaming.stages import uncompiled
 
 SHAPES = 8
@@ -45,7 +45,7 @@ def require_gpu(device: torch.device) -> None:
 
 @functools.cache
 def _recorder(device: str) -> Recorder:
-    """One for all that is ever bound in this process: libraries keep a workspace for each stream that was recorded on, 32 MiB on an H200, and never let go of it."""
+    """One for all that is ever bound in this process: libraries keep a workspace for each stream that was recorded on, and never let go of it."""
     return Recorder(device)
 
 
@@ -149,7 +149,7 @@ class Graphs:
         try:
             # The recording's stream has workspaces of its own; and compiled code is made for these very buffers here, for it cannot be while recording.
             self._recorder.run(once)
-            self._reserved_bytes()
+            self._reserved_bytes()  # what the allocator only keeps goes back first: a recording takes memory from the device alone
             graph, _ = self._recorder.record(once, nullcontext)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
@@ -202,7 +202,9 @@ class Unit:
         try:
             spec = flat((args, kwargs), given)
             layouts = tuple(Layout.of(tensor, self._owner.device) for tensor in given)
-            key = (spec, layouts, _settings(self._owner.device))
+            # Which arguments are one tensor: a unit that hands an argument on hands on that one.
+            shared = tuple(next(place for place, other in enumerate(given) if is_same(tensor, other)) for tensor in given)
+            key = (spec, layouts, shared, _settings(self._owner.device))
         except Refused as why:
             return self._ungraphed(f"it is called with {why}", args, kwargs)
         found = self._known.get(key, _NEW)

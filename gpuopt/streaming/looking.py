@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,7 @@ def _results(outputs: Any, given: Sequence[torch.Tensor], known: set[int], devic
             raise Refused("a tensor whose elements overlap in memory")
     except Refused as why:
         return f"it returns {why}"
-    passed = tuple(next((i for i, argument in enumerate(given) if _is(tensor, argument)), None) for tensor in found)
+    passed = tuple(next((i for i, argument in enumerate(given) if is_same(tensor, argument)), None) for tensor in found)
     places = tuple(place for place, index in enumerate(passed) if index is None)
     addresses = [address for place in places if (address := found[place].untyped_storage().data_ptr())]
     if known & set(addresses):
@@ -98,7 +99,7 @@ def _results(outputs: Any, given: Sequence[torch.Tensor], known: set[int], devic
     return Look(spec=spec, passed=passed, places=places, layouts=tuple(layouts[place] for place in places))
 
 
-def _is(tensor: torch.Tensor, argument: torch.Tensor) -> bool:
+def is_same(tensor: torch.Tensor, argument: torch.Tensor) -> bool:
     """The same object, or what compiled code hands out for it."""
     if tensor is argument:
         return True
@@ -123,20 +124,35 @@ def _drawn(device: torch.device) -> torch.Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _attributes(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
-    """(module, attribute, value) of all that forwards could set."""
+_Attribute = tuple[str, str, Any, tuple[Any, ...]]
+"""(module, attribute, value, what is in it where it is a container)."""
+
+
+def _attributes(module: nn.Module) -> Iterator[_Attribute]:
+    """All that forwards could set or put something into."""
     for prefix, each in module.named_modules():
         for name, value in (*vars(each).items(), *each._buffers.items()):
-            yield prefix, name, value
+            yield prefix, name, value, _contents(value)
 
 
-def _changed(before: Sequence[tuple[str, str, Any]], after: Sequence[tuple[str, str, Any]]) -> str:
-    was = {(prefix, name): value for prefix, name, value in before}
-    for prefix, name, value in after:
-        old = was.get((prefix, name), _same)
-        if old is not value and not (type(old) is type(value) and isinstance(value, int | float | str) and old == value):
+def _contents(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, dict):
+        return (*value.keys(), *value.values())
+    return tuple(value) if isinstance(value, list | set | deque) else ()
+
+
+def _changed(before: Sequence[_Attribute], after: Sequence[_Attribute]) -> str:
+    was = {(prefix, name): (value, contents) for prefix, name, value, contents in before}
+    for prefix, name, value, contents in after:
+        old, held = was.get((prefix, name), (_same, ()))
+        same = _unchanged(old, value) and len(held) == len(contents) and all(map(_unchanged, held, contents))
+        if not same:
             return f"it sets {f'{prefix}.' if prefix else ''}{name}, and a replay runs no Python"
     return ""
+
+
+def _unchanged(old: Any, value: Any) -> bool:
+    return old is value or (type(old) is type(value) and isinstance(value, int | float | str) and bool(old == value))
 
 
 class _Against(BaseException):

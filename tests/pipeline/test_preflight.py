@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from gpuopt.backends import listed, load_backend
+from gpuopt import generation
+from gpuopt.backends import eager, inductor, listed, load_backend
 from gpuopt.core.errors import Unavailable, UsageError
+from gpuopt.core.generation import GenerateSpec
 from gpuopt.core.search import SearchSpec
-from gpuopt.core.spec import BackendSpec, EvalSpec, InputSpec, Job
+from gpuopt.core.spec import BackendSpec, Candidate, EvalSpec, InputSpec, Job, ModelRef
 from gpuopt.devices import ceilings
 from gpuopt.pipeline import doctor, isolate, jobs, matrix, preflight
 from gpuopt.pipeline.search import optimize
@@ -79,3 +81,16 @@ def test_every_preset_that_a_backend_has_passes(name: str) -> None:
         return
     for preset in known:
         matrix.require_preset(name, preset)
+
+
+@pytest.mark.parametrize("way", ["inductor:gemv", "inductor:tuned", "eager:static"])
+def test_a_way_to_generate_without_generation_is_told_as_that(way: str) -> None:
+    asked = Job(verb="bench", candidates=(Candidate(model=ModelRef(text="gpuopt.models:bert_large_tiny"), backend=BackendSpec.parse(way)),))
+    with pytest.raises(UsageError, match="a way to generate tokens") as refused:
+        preflight.require(asked)
+    assert "--generate N" in refused.value.fix
+    preflight.require(replace(asked, generate=GenerateSpec(new_tokens=4)))
+
+
+def test_only_presets_that_no_backend_has_are_ways_to_generate() -> None:
+    assert preflight.ONLY_TO_GENERATE == {p for _, p in generation.WAYS if p is not None} - {*eager.PRESETS, *inductor.PRESETS}

@@ -230,6 +230,30 @@ class Counts(Block):
         return super().forward(x) * self.calls
 
 
+class Notes(Block):
+    """Puts something into a list of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(1)
+        return super().forward(x) * len(self.seen)
+
+
+class Remembers(Block):
+    """The same in a dictionary, whose keys stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = {"calls": 0}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last["calls"] = self.last["calls"] + 1
+        return super().forward(x) * self.last["calls"]
+
+
 class CountsInABuffer(Block):
     def __init__(self) -> None:
         super().__init__()
@@ -289,6 +313,8 @@ class ReturnsObject(Block):
         (WritesInput, "writes into its arguments"),
         (WritesZeros, "writes into an argument"),
         (Counts, "sets calls, and a replay runs no Python"),
+        (Notes, "sets seen, and a replay runs no Python"),
+        (Remembers, "sets last, and a replay runs no Python"),
         (CountsInABuffer, "writes into an argument or a weight"),
         (Hidden, "reads memory that is neither an argument nor a weight"),
         (Random, "draws random numbers"),
@@ -374,6 +400,25 @@ def test_an_argument_that_a_unit_hands_on_is_that_argument(planned):
             got, same = module((x, bias))
             assert torch.equal(got, want) and same is bias
         assert len(recorder.tapes) == 3
+
+
+def test_what_was_one_tensor_for_two_arguments_may_be_two_in_the_next_call(planned):
+    """Which argument a unit hands on is no secret of the first call."""
+
+    class Hands(Block):
+        def forward(self, pair: Any) -> Any:
+            x, left = pair
+            return super().forward(x), left
+
+    module, twin = chain(Hands, 1), chain(Hands, 1)
+    x, other = torch.randn(2, 16), torch.randn(2, 16)
+    with bind(module, planned(module), SimulatedEngine(1e9), poison=True) as bound:
+        recorder = recorded(bound)
+        for second in (x, x, other, other, x, other):
+            got, left = module((x, second))
+            want, _ = twin((x, second))
+            assert torch.equal(got, want) and left is second
+        assert len(recorder.tapes) == 2, "one for each way the arguments are shared"
 
 
 def test_graphs_over_the_budget_raise_with_the_numbers_and_leave_the_model_usable(stack, planned):

@@ -32,6 +32,7 @@ from gpuopt.streaming import anatomy as anatomies
 from gpuopt.streaming import bound as binding
 from gpuopt.streaming import disk, hostpages, meta, packed, planner, timeline
 from gpuopt.streaming.engines import ENGINES
+from gpuopt.streaming.graphed import require_gpu
 from gpuopt.streaming.shelf import Shelf
 
 WARM_CALLS = 3
@@ -160,6 +161,8 @@ class StreamSession:
     def _plan(self, spec: StreamSpec) -> Plan:
         self.release()
         if spec not in self._plans:
+            if spec.graphs:
+                require_gpu(torch.device(self._device.id if not self._device.is_simulated else "cpu"))
             anatomy = self._dissected(spec)
             self._plans[spec] = planner.plan(anatomy, spec, self._calibrated(anatomy, spec), available_host_bytes=self._room_bytes)
         return self._plans[spec]

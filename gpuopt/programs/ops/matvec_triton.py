@@ -1,7 +1,7 @@
 """One row and up to three matrices -> their products: the kernel behind `gpuopt::matvecs`.
 
 A program sums a few rows of a matrix. It asks for their first elements before it waits for the kernel that writes its input (programmatic dependent launch, from compute
-capability 9.0): weights depend on nobody, so memory can be busy while one kernel ends and the next begins.
+capability 9.0): weights are nobody's results, so memory can be busy while one kernel ends and the next begins.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ class Shape:
     piece: int
     """Elements of a row at a time."""
     warps: int
-    is_early: bool = True
-    """Weights are asked for before the kernel before has ended. Not where that one reads weights too: each would take the memory from the other."""
 
 
 def shape_of(width: int) -> Shape:
@@ -59,7 +57,6 @@ def _matvecs(  # type: ignore[no-untyped-def]
     PIECE: tl.constexpr,
     IS_EVEN: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
-    IS_EARLY: tl.constexpr,
 ):
     """weight, output: the first matrix's; the others' start `weight1`, `weight2`, `output1` and `output2` elements from them."""
     program = tl.program_id(0)
@@ -75,12 +72,9 @@ def _matvecs(  # type: ignore[no-untyped-def]
     columns = tl.arange(0, PIECE)
     places = weight + offset + rows[:, None].to(tl.int64) * WIDTH + columns[None, :]
     there = is_row[:, None] if IS_EVEN else is_row[:, None] & (columns < WIDTH)[None, :]
-    if IS_DEPENDENT and not IS_EARLY:
-        tl.extra.cuda.gdc_wait()
     values = tl.load(places, mask=there, other=0.0, eviction_policy="evict_first")
     if IS_DEPENDENT:
-        if IS_EARLY:
-            tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     sums = tl.zeros([ROWS, PIECE], tl.float32)
     for start in range(0, WIDTH - PIECE, PIECE):
@@ -117,7 +111,6 @@ def run(input: Tensor, weights: list[Tensor]) -> list[Tensor]:
         PIECE=shape.piece,
         IS_EVEN=width % shape.piece == 0,
         IS_DEPENDENT=is_dependent,
-        IS_EARLY=shape.is_early,
         num_warps=shape.warps,
         num_stages=1,
         **({"launch_pdl": True} if is_dependent else {}),
