@@ -16,7 +16,6 @@ from gpuopt.core.spec import BackendSpec, Candidate, EvalSpec, Job
 from gpuopt.loaders import named
 from gpuopt.trust.policy import printable
 
-
 ONLY_TO_GENERATE = frozenset({"static", "tuned", "gemv"})
 """Presets that no backend has."""
 
