@@ -204,9 +204,9 @@ def test_the_matrix_vector_kernel_gives_the_tokens_of_plain_graphs() -> None:
         Stepped(found, WAYS[key], batch=1, prompt_tokens=20, new_tokens=24, stop_at_eos=False, device="cuda:0")
         for key in (("cudagraphs", None), ("inductor", "gemv"))
     )
-    agreeing = (plain(prompt) == ours(prompt)).float().mean()
+    tokens = plain(prompt)
+    assert (ours.forced(prompt, tokens) == tokens).sum() >= tokens.numel() - 1, "after the same tokens, only a tie within rounding may differ"
     assert ours.launcher.notes == ["15 products a step run in 9 launches of gpuopt's matrix-vector kernel"]
-    assert agreeing > 0.8, "random weights: ties within rounding may differ late"
 
 
 @pytest.mark.gpu

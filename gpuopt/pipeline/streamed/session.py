@@ -268,6 +268,7 @@ class StreamSession:
             plain.note()
         self._plain = plain
         setup_s = time.monotonic() - began
+        notes = tuple(bound.notes)  # of binding alone: what graphs have to say is asked for after the calls
         if spec.elastic:
             for _ in range(2 if spec.graphs else 1):  # what a call needs shows when it is made; graphs are recorded in the second
                 self._work.call()
@@ -276,7 +277,7 @@ class StreamSession:
             plan=bound.plan,
             pinned_bytes=bound.pinned_bytes,
             clock="simulated" if self._device.is_simulated else "cuda-event",
-            notes=tuple(bound.notes),
+            notes=notes,
         )
 
     @contextlib.contextmanager
