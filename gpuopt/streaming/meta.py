@@ -58,6 +58,8 @@ class Empty:
         self.stored = dict(stored)
         """Parameter, under each of its names -> the tensor in the files."""
         self.notes = [*notes, *shards.notes]
+        self.check: Callable[[str, torch.Tensor], None] | None = None
+        """Looks at each tensor when it has been read, as it is in its file, and raises where it is not to be used."""
         self._parameters = dict(module.named_parameters(remove_duplicate=False))
 
     def fill(self, name: str, target: torch.Tensor) -> None:
@@ -69,6 +71,8 @@ class Empty:
         direct = target.dtype == dtype and target.is_contiguous()
         read = target if direct else torch.empty(entry.shape, dtype=dtype)
         self.shards.read_into(self.stored[name], bytes_of(read))
+        if self.check is not None:
+            self.check(name, read)
         if not direct:
             target.copy_(read)
 
@@ -76,15 +80,19 @@ class Empty:
         """Read a unit's slab: all its tensors at once, straight to their places."""
         clear_gaps(unit, target)
         entries = self.shards.entries
-        at_once, one_by_one = [], []
+        at_once, direct, one_by_one = [], [], []
         for place in unit.places:
             entry = entries[self.stored[place.name]]
             memory = target[place.offset : place.offset + place.num_bytes]
             if entry.dtype == place.dtype.removeprefix("torch.") and entry.shape == place.shape and is_row_major(place.shape, place.stride):
                 at_once.append((entry.name, memory))
+                direct.append((place, memory))
             else:
                 one_by_one.append((place, memory))
         self.shards.read_all(at_once)
+        if self.check is not None:
+            for place, memory in direct:
+                self.check(place.name, typed(memory, place))
         for place, memory in one_by_one:
             self.fill(place.name, typed(memory, place))
 

@@ -205,7 +205,9 @@ def test_the_matrix_vector_kernel_gives_the_tokens_of_plain_graphs() -> None:
         for key in (("cudagraphs", None), ("inductor", "gemv"))
     )
     tokens = plain(prompt)
-    assert (ours.forced(prompt, tokens) == tokens).sum() >= tokens.numel() - 1, "after the same tokens, only a tie within rounding may differ"
+    assert (ours.forced(prompt, tokens) == tokens).sum() >= tokens.numel() - 1, (
+        "after the same tokens, only a tie within rounding may differ"
+    )
     assert ours.launcher.notes == ["15 products a step run in 9 launches of gpuopt's matrix-vector kernel"]
 
 

@@ -75,8 +75,16 @@ def _of_folder(ref: ModelRef, path: Path, *, name: str, notes: tuple[str, ...] =
     weights = resolve({"transformers": "gpuopt.streaming.folders:of_folder"}, "transformers", kind="loader", extra="hf")(
         path, cast=ref.cast
     )
+    _refuse_nonfinite(weights, ref, name)
     unused = [f"--arch {ref.arch} is not used: the folder's configuration names its class"] if ref.arch else []
     return describe.of_module(weights.module, name=name, sha256=None, notes=[*notes, *unused]), weights
+
+
+def _refuse_nonfinite(weights: meta.Empty, ref: ModelRef, where: str) -> None:
+    """As a loader that reads them whole: NaN and Inf are refused, but when each tensor is read, for nothing is before."""
+    if not ref.allow_nonfinite:
+        describe.refuse_nonfinite(weights.module.named_buffers(), where)
+        weights.check = lambda name, tensor: describe.refuse_nonfinite(((name, tensor),), where)
 
 
 class _CannotBeEmpty(Exception):
@@ -102,6 +110,7 @@ def _of_shards(ref: ModelRef, path: Path) -> tuple[Model, Any]:
     except BaseException:  # the files are ours until they are handed over
         files.close()
         raise
+    _refuse_nonfinite(weights, ref, path.name)
     signature = describe.declared_signature(built[-1].function)
     model = describe.of_module(
         weights.module, name=describe.name_of(path), signature=signature, sha256=consent.sha256_of(path), notes=built[-1].notes

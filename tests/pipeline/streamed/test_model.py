@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,10 @@ import safetensors.torch
 import torch
 
 from gpuopt import loaders
-from gpuopt.core.errors import BadInput, Unavailable, UsageError
+from gpuopt.core.errors import BadInput, GateFailed, Unavailable, UsageError
 from gpuopt.core.spec import Candidate, ModelRef
 from gpuopt.pipeline.streamed import model as stream_model
-from gpuopt.streaming import meta
+from gpuopt.streaming import anatomy, meta
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -49,6 +51,30 @@ def test_bare_tensors_and_their_factory_are_filled_from_the_file(tmp_path: Path)
     safetensors.torch.save_file({"other": torch.zeros(2)}, file)
     with pytest.raises(BadInput, match="lacks embed.weight"):
         stream_model.opened(Candidate(model=ref, device="simulated"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_nan_in_a_file_is_refused_when_it_is_read_unless_it_is_allowed(tmp_path: Path, value: float) -> None:
+    arch = streams.factory(tmp_path)
+    state = dict(built(arch).state_dict())
+    name = next(n for n, t in state.items() if t.dim() == 2 and "embed" not in n)
+    state[name] = state[name].clone()
+    state[name][-1, -1] = value
+    file = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(state, file)
+    ref = ModelRef(text=str(file), arch=arch)
+    _, weights = stream_model.opened(Candidate(model=ref, device="simulated"))
+    with pytest.raises(GateFailed, match=rf"weights.safetensors: tensor '{re.escape(name)}' holds 1 NaN or Inf") as refused:
+        weights.materialize()
+    assert "--allow-nonfinite" in refused.value.fix
+    unit = next(u for u in anatomy.dissect(weights.module).units if any(place.name == name for place in u.places))
+    with pytest.raises(GateFailed, match="NaN or Inf"):
+        weights.fill_unit(unit, torch.empty(unit.num_bytes, dtype=torch.uint8))
+    weights.close()
+    _, weights = stream_model.opened(Candidate(model=replace(ref, allow_nonfinite=True), device="simulated"))
+    weights.materialize()
+    assert not bool(torch.isfinite(dict(weights.module.named_parameters())[name]).all())
+    weights.close()
 
 
 def test_a_factory_that_reads_its_weights_is_loaded_whole_with_a_word(tmp_path: Path) -> None:
