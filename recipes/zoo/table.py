@@ -25,7 +25,7 @@ INTRO = """# Twenty architectures
 What gpuopt's candidates give over plain fp16 eager on twenty architectures built from their configurations with random weights: at batch 1, and at a large batch. Each row
 is one command over a recipe of [`recipes/zoo`](../recipes/zoo), its candidates verified and timed in interleaved pairs. The fastest one that is right and beats eager
 beyond the noise is what would be put into service; where none does, eager is kept and counts as 1.00x. `python -m recipes.zoo.run` measures them again.
-The reports in the tree were taken while another command used the host's other GPU: what waits for the host, as eager at batch 1 does, is slower for it.
+The reports in the tree were taken while other commands used the other GPUs of the host: what waits for the host, as eager at batch 1 does, is slower for it.
 """
 NOTHING = "They have not been measured yet: `python -m recipes.zoo.run --output recipes/zoo/h200` on an H200 measures them, and `python -m recipes.zoo.table` writes this page."
 
