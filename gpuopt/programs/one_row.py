@@ -38,10 +38,11 @@ class OneRow(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         together: dict[tuple[Any, int], list[fx.Node]] = {}
         num_written = 0
+        written = {value for node in graph.nodes if _writes(node) for value in (*node.args[:1], node.kwargs.get("out"))}
         for node in graph.nodes:
             # Products move up to the first of their row, so nothing may be written in between: this graph still has operations that do.
             num_written += _writes(node)
-            if node.op == "call_function" and node.target in _LINEAR and self._is_taken(node):
+            if node.op == "call_function" and node.target in _LINEAR and self._is_taken(node) and _weight(node) not in written:
                 together.setdefault((node.args[0], num_written), []).append(node)
         for products in together.values():
             for start in range(0, len(products), matvec.MOST):

@@ -127,6 +127,22 @@ def test_only_a_modules_own_weights_are_taken_for_nobody_writes_them_meanwhile()
     assert rows.num_changed == 1
 
 
+def test_a_weight_that_the_graph_writes_is_left_alone() -> None:
+    class Learns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.ones(16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight.mul_(0.5)
+            return F.linear(x, self.weight)
+
+    x = torch.randn(1, 16)
+    found, rows = compiled(Learns().eval(), x)
+    with torch.no_grad():
+        assert torch.allclose(found, Learns().eval()(x), atol=1e-6) and rows.num_changed == 0
+
+
 def test_small_products_are_left_to_the_compiler() -> None:
     _, rows = compiled(Block().eval(), torch.randn(1, 1, 64), least_bytes=64 * 128 * 4)
     assert rows.num_changed == 2 + 3 + 1, "q with k and v; gate with up; down"
