@@ -19,13 +19,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import Tensor, fx
 from torch._higher_order_ops.flex_attention import flex_attention as kernel
 from torch._inductor import inductor_prims
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn import functional as F
 from torch.nn.attention import flex_attention as api
+
+from gpuopt.programs.passes import PreGrad
 
 BLOCK = 128
 """Queries and keys a side of what is skipped or not tested as a whole: FlexAttention's own default."""
@@ -39,7 +39,7 @@ _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _DEFAULTS: dict[str, Any] = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 
 
-class Flex(CustomGraphPass):
+class Flex(PreGrad):
     """A pre-grad pass. What it changed and what it left shows in its attributes."""
 
     def __init__(self) -> None:
@@ -68,21 +68,6 @@ class Flex(CustomGraphPass):
             node.replace_all_uses_with(made)
             graph.erase_node(node)
             self.num_changed += 1
-
-    def __deepcopy__(self, memo: Any) -> Flex:
-        """Settings are copied deeply in places; what a copy did would be lost."""
-        return self
-
-    def uuid(self) -> None:
-        """Compiled anew each time, as with `inductor.GraphReader`."""
-        return None
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Of Inductor, to be compiled with."""
-        # Newer versions ask a pass without a uuid to say that it runs before caches are looked into, and warn where it does not.
-        is_asked = "pre_grad_pass_timing" in torch._inductor.config.get_config_copy()
-        return {"pre_grad_custom_pass": self, **({"pre_grad_pass_timing": "early"} if is_asked else {})}
 
     def why(self) -> str:
         """Why nothing was changed."""

@@ -13,11 +13,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch._inductor import cpp_builder, exc
-from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from gpuopt.core.errors import UsageError
 from gpuopt.core.tally import Tally
 from gpuopt.programs import generated
+from gpuopt.programs.passes import Asked
 
 QUIET = {"autotune_num_choices_displayed": 0}
 """max-autotune prints a table for every product otherwise."""
@@ -110,7 +110,7 @@ def class_names(module: Any) -> dict[str, str] | None:
     return {name: type(child).__name__ for name, child in module.named_modules()}
 
 
-class GraphReader(CustomGraphPass):
+class GraphReader(Asked):
     """A post-grad pass that looks at each graph and changes nothing."""
 
     def __init__(self, tally: Tally) -> None:
@@ -120,11 +120,3 @@ class GraphReader(CustomGraphPass):
     def __call__(self, graph: torch.fx.Graph) -> None:
         self.num_graphs += 1
         self.tally.add_graph(graph)
-
-    def __deepcopy__(self, memo: Any) -> GraphReader:
-        """AOTInductor deep-copies its settings: what a copy reads would be lost."""
-        return self
-
-    def uuid(self) -> None:
-        """None keeps this compile out of Inductor's graph caches: a hit would skip the reading, and would report a cached compile time as if it were one."""
-        return None

@@ -12,12 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import Tensor, fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.nn import functional as F
 
 from gpuopt.programs.ops import matvec
+from gpuopt.programs.passes import PreGrad
 
 _LINEAR = (F.linear, torch.ops.aten.linear.default)
 _IN_PLACE = frozenset(
@@ -28,7 +27,7 @@ LEAST_BYTES = 1 << 20
 """Of the matrices of one launch: smaller products are left to Inductor, which fuses them with what lies around them."""
 
 
-class OneRow(CustomGraphPass):
+class OneRow(PreGrad):
     """A pre-grad pass. `num_changed`: products, `num_launches`: what they became. `takes`: of an input and a weight, `matvec.takes` but in tests."""
 
     def __init__(self, takes: Callable[[Tensor, Tensor], bool] = matvec.takes, least_bytes: int = LEAST_BYTES) -> None:
@@ -74,21 +73,6 @@ class OneRow(CustomGraphPass):
             return False
         row, weight = _value(given["input"]), _value(held)
         return row is not None and weight is not None and self._takes(row, weight)
-
-    def __deepcopy__(self, memo: Any) -> OneRow:
-        """Settings are copied deeply in places; what a copy counted would be lost."""
-        return self
-
-    def uuid(self) -> None:
-        """Compiled anew each time, as with `flex.Flex`."""
-        return None
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Of Inductor, to be compiled with."""
-        # Newer versions ask a pass without a uuid to say that it runs before caches are looked into, and warn where it does not.
-        is_asked = "pre_grad_pass_timing" in torch._inductor.config.get_config_copy()
-        return {"pre_grad_custom_pass": self, **({"pre_grad_pass_timing": "early"} if is_asked else {})}
 
 
 def _writes(node: fx.Node) -> bool:

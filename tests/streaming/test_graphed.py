@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpuopt.core.errors import OutOfMemory, ResourceError, Unsupported, UsageError
 from gpuopt.core.streaming import Ledger
@@ -20,65 +20,9 @@ from gpuopt.streaming import arguments, graphed
 from gpuopt.streaming.bound import bind
 from gpuopt.streaming.engines.simulated import SimulatedEngine
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-class Tape(TorchDispatchMode):
-    """A CUDA graph on a CPU: the operations of one call, again on the same tensors, whose results are written where they were the first time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.steps: list[tuple[Any, Any, Any, Any]] = []
-        self.replays = self.resets = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.steps.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self) -> None:
-        self.replays += 1
-        for func, args, kwargs, out in self.steps:
-            again = func(*args, **kwargs)
-            if isinstance(out, torch.Tensor) and again.data_ptr() != out.data_ptr():
-                out.copy_(again)
-
-    def reset(self) -> None:
-        self.resets += 1
-
-
-class Stream:
-    def __init__(self) -> None:
-        self.waited: list[Any] = []
-
-    def wait_stream(self, other: Any) -> None:
-        self.waited.append(other)
-
-
-class FakeRecorder:
-    """`capture.Recorder` without a GPU."""
-
-    def __init__(self) -> None:
-        self.tapes: list[Tape] = []
-        self.stream = Stream()
-
-    def run(self, call: Callable[[], Any]) -> None:
-        call()
-
-    def record(self, call: Callable[[], Any], watch: Callable[[], AbstractContextManager[Any]]) -> tuple[Any, Any]:
-        tape = Tape()
-        with tape, watch():
-            call()
-        self.tapes.append(tape)
-        return tape, None
-
-    def queue(self) -> Any:
-        return self.stream
-
-    def synchronize(self) -> None:
-        pass
-
-    @property
-    def replays(self) -> int:
-        return sum(tape.replays for tape in self.tapes)
+from tapes import FakeRecorder, Stream
 
 
 def recorded(bound: Any, recorder: FakeRecorder | None = None, reserved_bytes: Callable[[], int] = lambda: 0) -> FakeRecorder:
@@ -496,9 +440,9 @@ def test_another_stream_waits_for_the_one_whose_buffers_it_takes(stack, planned)
         recorder = recorded(bound)
         for _ in range(3):
             module(x)
-        first, recorder.stream = recorder.stream, Stream()
+        first, recorder.stream = recorder.stream, Stream("second")
         module(x)
-        assert recorder.stream.waited == [first] and first.waited == []
+        assert recorder.stream.waited == [first.name] and first.waited == []
 
 
 def test_compiled_units_are_recorded_as_compiled(planned):

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gpuopt.core import codec
+from gpuopt.core.spec import Candidate, DimSpec, InputSpec, ModelRef
+from gpuopt.core.streamed import StreamRequest
 from gpuopt.pipeline import isolate, worker
 from gpuopt.pipeline.facts import Failure
 from gpuopt.pipeline.streamed import child
@@ -49,6 +55,26 @@ def build():
 
 build.input_specs = ("ids:int64[N,S]<50",)
 """
+
+
+@contextmanager
+def on_a_gpu(folder: Path, source: str, **sizes: int) -> Iterator[StreamSession]:
+    """A session of this process with the model of this factory loaded."""
+    torch._C._cuda_clearCublasWorkspaces()  # of the test before: no plan would count it
+    path = folder / "stack.py"
+    path.write_text(source, encoding="utf-8")
+    with StreamSession() as found:
+        found.load(
+            Candidate(
+                model=ModelRef(text=f"{path}:build", trust=(str(path),)),
+                inputs=InputSpec(dims=tuple(DimSpec(name=k, values=(v,)) for k, v in sizes.items())),
+                dims=sizes,
+                device="cuda",
+            ),
+            StreamRequest(action="run"),
+        )
+        yield found
+
 
 DEVICE = "simulated:link=1e9,block=0.05ms"
 _pids = itertools.count(100_000)

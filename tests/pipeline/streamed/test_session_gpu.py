@@ -13,8 +13,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import streams
 
-from gpuopt.core.spec import Candidate, DimSpec, InputSpec, ModelRef
-from gpuopt.core.streamed import StreamRequest
 from gpuopt.core.streaming import StreamSpec
 from gpuopt.pipeline.streamed import eager
 from gpuopt.pipeline.streamed.session import StreamSession
@@ -27,20 +25,7 @@ LARGE = streams.FACTORY.replace("Stack().eval()", "Stack(depth=24, width=2048).h
 
 @pytest.fixture
 def session(tmp_path: Path) -> Iterator[StreamSession]:
-    torch._C._cuda_clearCublasWorkspaces()  # of the test before: no plan would count it
-    path = tmp_path / "stack.py"
-    path.write_text(LARGE, encoding="utf-8")
-    sizes = {"N": 1, "S": 4}
-    with StreamSession() as found:
-        found.load(
-            Candidate(
-                model=ModelRef(text=f"{path}:build", trust=(str(path),)),
-                inputs=InputSpec(dims=tuple(DimSpec(name=k, values=(v,)) for k, v in sizes.items())),
-                dims=sizes,
-                device="cuda",
-            ),
-            StreamRequest(action="run"),
-        )
+    with streams.on_a_gpu(tmp_path, LARGE, N=1, S=4) as found:
         yield found
 
 

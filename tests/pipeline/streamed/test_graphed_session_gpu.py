@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from gpuopt.core.spec import Candidate, DimSpec, InputSpec, ModelRef
-from gpuopt.core.streamed import StreamRequest
 from gpuopt.core.streaming import StreamSpec
 from gpuopt.pipeline.streamed.session import StreamSession
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import streams
 
 pytestmark = pytest.mark.gpu
 
@@ -56,20 +59,7 @@ build.input_specs = ("ids:int64[N,S]<50",)
 
 @pytest.fixture
 def session(tmp_path: Path) -> Iterator[StreamSession]:
-    torch._C._cuda_clearCublasWorkspaces()  # of the test before: no plan would count it
-    path = tmp_path / "stack.py"
-    path.write_text(FACTORY, encoding="utf-8")
-    sizes = {"N": 1, "S": 64}
-    with StreamSession() as found:
-        found.load(
-            Candidate(
-                model=ModelRef(text=f"{path}:build", trust=(str(path),)),
-                inputs=InputSpec(dims=tuple(DimSpec(name=k, values=(v,)) for k, v in sizes.items())),
-                dims=sizes,
-                device="cuda",
-            ),
-            StreamRequest(action="run"),
-        )
+    with streams.on_a_gpu(tmp_path, FACTORY, N=1, S=64) as found:
         yield found
 
 
