@@ -63,7 +63,7 @@ def _module(model: Model, to: Precision | None, transforms: Transforms, inputs: 
         notes.append(f"eval mode: {training} modules were in training mode")
     if transforms.fold_batch_norm:
         notes.append(folding.fold(module, inputs))
-    for text in transforms.rewrites:
+    for text in rewrites.in_turn(transforms.rewrites):
         notes.append(_rewritten(module, text, inputs, model.name))
     if casts:
         assert to is not None

@@ -356,7 +356,10 @@ class Session:
                 notes.append("structure: not run, plain eager is the reference's own code")
             elif self._precision is not Precision.FP32:
                 self._progress(None, "verifying the structure in fp32")
-                stages.append(self._structure(candidate, model, found, batches, seeds, limits))
+                kept, left = rewrites.in_fp32(candidate.transforms.rewrites, candidate.device)
+                in_fp32 = replace(candidate, transforms=replace(candidate.transforms, rewrites=kept))
+                stages.append(self._structure(in_fp32, model, found, batches, seeds, limits))
+                notes += [f"structure: run without {text}, which has no fp32 form" for text in left]
         self._progress(None, "verifying the candidate")
         every, required = held.material.every, held.material.required
         answers = verification.runner_outputs(runner, every, dtype, candidate.device, required=required)

@@ -30,6 +30,7 @@ PICKING = frozenset(
         "max_autotune_pointwise",
         "coordinate_descent_tuning",
         "triton.cudagraphs",
+        "triton.enable_pdl",
         "wide_rows",
         "streams",
     }

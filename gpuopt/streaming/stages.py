@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+from gpuopt.streaming import guards
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -46,3 +49,14 @@ def compile_all(stages: Sequence[Stage], options: Mapping[str, Any]) -> Callable
         config.recompile_limit = limit
 
     return back
+
+
+@contextmanager
+def compiled(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """The units of these names compiled as in a module that is bound, and nothing bound: what such a module is held against, since compiled code rounds otherwise than eager."""
+    stages = [Stage(name, part, part.forward, part.forward) for name in names if name for part in [module.get_submodule(name)]]
+    with ExitStack() as undo:
+        undo.callback(compile_all(stages, {}))
+        for stage in stages:
+            undo.callback(guards.put(stage.module, "forward", stage.call))
+        yield

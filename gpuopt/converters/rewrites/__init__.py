@@ -72,6 +72,16 @@ def in_fp32(texts: Iterable[str], device: str) -> tuple[tuple[str, ...], tuple[s
     return tuple(kept), tuple(left)
 
 
+def in_turn(texts: Iterable[str]) -> tuple[str, ...]:
+    """The same, those that name a kernel of GPUs or of half precision last: the others call the module in fp32, maybe on a CPU, to see what they change."""
+
+    def is_named_kernel(text: str) -> bool:
+        module, setting = resolve(text)
+        return setting in (*getattr(module, "HALF_ONLY", ()), *getattr(module, "GPU_ONLY", ()))
+
+    return tuple(sorted(texts, key=is_named_kernel))
+
+
 def lacks_kernel(text: str, device: str) -> str:
     """Why `name[:setting]` cannot run on this kind of device; "" where it can: a file names such settings in `GPU_ONLY`."""
     name, _, setting = text.partition(":")

@@ -34,6 +34,7 @@ from gpuopt.streaming import disk, hostpages, meta, packed, planner, timeline
 from gpuopt.streaming.engines import ENGINES
 from gpuopt.streaming.graphed import require_gpu
 from gpuopt.streaming.shelf import Shelf
+from gpuopt.streaming.stages import compiled
 
 WARM_CALLS = 3
 SHELF_SHARE = 0.8
@@ -333,7 +334,9 @@ class StreamSession:
             self._stack.enter_context(self._streamed(plan))
             return Ready(setup_s=time.monotonic() - began, clock="simulated")
         self._require_values()
-        self._stack.enter_context(whole(self._module, self._device.id, self._dissected(spec).weight_bytes))
+        anatomy = self._dissected(spec)
+        self._stack.enter_context(whole(self._module, self._device.id, anatomy.weight_bytes))
+        self._stack.enter_context(self._compiled(anatomy, spec))
         return Ready(setup_s=time.monotonic() - began, clock="cuda-event")
 
     def rival(self, name: str, spec: StreamSpec, weight_bytes: int) -> Ready:
@@ -467,14 +470,16 @@ class StreamSession:
 
     @contextlib.contextmanager
     def whole(self, plan: Plan) -> Any:
-        """A context in which everything is on the device, in the module's own memory. Raises ResourceError where it does not fit."""
+        """A context in which everything is on the device, in the module's own memory, and compiled where the plan has it so. Raises ResourceError where it does not fit."""
         self.release()
         self._require_values()
-        if self._device.is_simulated:
+        simulated = self._device.is_simulated
+        placed = contextlib.nullcontext() if simulated else whole(self._module, self._device.id, plan.anatomy.weight_bytes)
+        with placed, self._compiled(plan.anatomy, plan.spec):
             yield
-            return
-        with whole(self._module, self._device.id, plan.anatomy.weight_bytes):
-            yield
+
+    def _compiled(self, anatomy: Anatomy, spec: StreamSpec) -> contextlib.AbstractContextManager[None]:
+        return compiled(self._module, [unit.name for unit in anatomy.units]) if spec.compile else contextlib.nullcontext()
 
     def release(self) -> None:
         """Nothing that `bind`, `resident` or `rival` set up runs after this, and what it took of the device is free, for others too."""

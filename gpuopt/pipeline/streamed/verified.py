@@ -66,10 +66,11 @@ def _sums(session: StreamSession, plan: Plan, reference: str | None = None, toke
         if reference is not None:
             equal = {first, *again} == {reference}
             times = {2: "twice", 3: "three times"}[1 + len(again)]
+            held = "everything resident" + (", its blocks compiled too" if plan.spec.compile else "")
             yield StreamCheck(
                 name="outputs",
                 passed=equal,
-                detail=f"equal to everything resident, {times}" if equal else "not equal to everything resident",
+                detail=f"equal to {held}, {times}" if equal else f"not equal to {held}",
             )
         if tokens is not None:
             equal = digest(session.work.generated()) == tokens

@@ -28,7 +28,7 @@ def matvecs(input: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 def takes(input: Tensor, weight: Tensor) -> bool:
-    """Is this a product the kernel is made for: one row of halves on a GPU, a matrix whose rows lie one after the other, each at a whole number of 16 bytes?"""
+    """Is this a product the kernel is made for: one row of halves on a GPU, element after element, and a matrix whose rows lie one after the other, each at a whole number of 16 bytes?"""
     return (
         input.device.type == "cuda"
         and input.dtype in HALVES
@@ -38,6 +38,7 @@ def takes(input: Tensor, weight: Tensor) -> bool:
         and weight.is_contiguous()
         and input.shape[-1] == weight.shape[1]
         and input.numel() == input.shape[-1]
+        and (input.stride(-1) == 1 or input.numel() == 1)
         and weight.shape[1] * weight.element_size() % _ALIGNED == 0
     )
 

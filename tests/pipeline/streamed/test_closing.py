@@ -178,3 +178,21 @@ def test_other_inputs_are_planned_anew_and_find_the_weights_where_they_are() -> 
         assert [home.bytes.data_ptr() for home in session._shelf._homes.values()] == places  # type: ignore[union-attr]
         assert torch.equal(session.work.forward(), session.work.forward())
     require_untouched(module)
+
+
+def test_compiled_blocks_are_held_against_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code rounds otherwise than eager: here by a thousandth."""
+    made = []
+
+    def rounding(call: Any, **options: Any) -> Any:
+        made.append(call)
+        return lambda *args: call(*args) * 1.001
+
+    monkeypatch.setattr(torch, "compile", rounding)
+    module = stack()
+    with of(module) as session:
+        found = session.verify(StreamSpec(budget_share=0.5, compile=True), forwards=6)
+    assert {check.name: check.passed for check in found.checks} == dict.fromkeys(("checksums", "outputs", "races", "order"), True)
+    assert "compiled too" in next(check.detail for check in found.checks if check.name == "outputs")
+    assert len(made) >= 2 * 8, "the reference's blocks and the streamed model's"
+    require_untouched(module)

@@ -35,6 +35,11 @@ def test_a_streamed_model_is_the_model_bit_for_bit(session: StreamSession, share
     assert {check.name: check.passed for check in found.checks} == dict.fromkeys(("checksums", "outputs", "races", "order"), True)
 
 
+def test_a_model_compiled_block_by_block_is_that_model_bit_for_bit(session: StreamSession) -> None:
+    found = session.verify(StreamSpec(budget_share=0.5, compile=True), forwards=20)
+    assert {check.name: check.passed for check in found.checks} == dict.fromkeys(("checksums", "outputs", "races", "order"), True)
+
+
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
 def test_a_forward_takes_what_the_plan_says_and_is_near_the_bound(session: StreamSession, share: float) -> None:
     ready = session.bind(StreamSpec(budget_share=share))

@@ -1,0 +1,48 @@
+"""Inductor's kernels under programmatic dependent launch -> each waits for the kernels before it, and only then touches memory.
+
+With `triton.enable_pdl` (torch 2.11 to 2.13) Inductor lets a kernel wait only before it reads or writes what the node just before it in the schedule wrote, by that buffer's
+name. That is too little behind an operator with several outputs: the node before is one of them, and the others are read while the operator still computes. Nor does a name
+say that memory was reused. A kernel that waits first still has its launch, and the one behind it the first elements of its weights, for free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch._inductor.codegen.triton import TritonKernel
+from torch._inductor.virtualized import V
+
+from gpuopt.core.errors import Unsupported
+
+ENABLED = "triton.enable_pdl"
+"""Inductor's setting."""
+CHOOSES = "_handle_pdl_before_access"
+"""Inductor's method that writes a wait into a kernel, or does not."""
+
+
+@contextmanager
+def waits_first(wanted: bool) -> Iterator[None]:
+    """What is compiled inside waits so, if `wanted`. Raises Unsupported for a torch that places the waits elsewhere."""
+    if not wanted:
+        yield
+        return
+    chosen = getattr(TritonKernel, CHOOSES, None)
+    if chosen is None:
+        raise Unsupported("this version of torch places the waits of dependent launches elsewhere", fix="--backend inductor:tuned")
+
+    def always(kernel: Any, buffer: Any, *dependencies: Any, **more: Any) -> None:
+        scheduler = V.graph.scheduler
+        before = scheduler.previous_node
+        scheduler.previous_node = None  # as for the first kernel of a graph, of whose predecessor nothing is known
+        try:
+            chosen(kernel, buffer, *dependencies, **more)
+        finally:
+            scheduler.previous_node = before
+
+    setattr(TritonKernel, CHOOSES, always)
+    try:
+        yield
+    finally:
+        setattr(TritonKernel, CHOOSES, chosen)
