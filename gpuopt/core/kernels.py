@@ -68,7 +68,7 @@ PATTERNS: tuple[tuple[str, bool | None, str], ...] = (
     ("attention", False, r"fmha_cutlass[FB]_f32"),
     ("attention", True, r"flash_(?:fwd|bwd)|fmha_cutlass[FB]_b?f16|_sdpa_sm\d|native_sdpa|fmha_v\d|mha_v2|FlashAttn(?:Fwd|Bwd)Sm"),
     ("attention", None, r"flash::|[Ff]lash_?[Aa]tt|fmha|sdpa|mha_(?:fwd|bwd|varlen)|efficient_attention|attention_kernel|AttentionKernel|MultiheadAttention|multihead_attention"),
-    ("attention", None, r"_attn_fwd|paged_att"),
+    ("attention", None, r"_attn_fwd|paged_att|_attend_one"),
     ("nchw-nhwc", None, r"(?i)nchw_?to_?nhwc|nhwc_?to_?nchw|nchw2nhwc|nhwc2nchw|n(?:chw|hwc)AddPadding|tensorTransformGeneric|convertTensor_kernel|transpose_readWrite|conv\w*_layout"),
     ("reformat", None, r"genericReformat|copyPackedKernel|permutationKernel"),
     # Plain multiply-adds: f32f32_f32f32 is fp32 in and fp32 in the multiplier, where TF32 shows as f32f32_tf32f32.

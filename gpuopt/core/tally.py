@@ -313,6 +313,7 @@ _FORMULAS: dict[str, tuple[str, Callable[[Sequence[Any], Mapping[str, Any], Any]
     **dict.fromkeys(("addmm", "addmv", "baddbmm", "_addmm_activation", "_sparse_semi_structured_addmm"), ("product", _contraction(1))),
     "addbmm": ("product", _addbmm),
     "matvecs": ("product", _matvecs),
+    "gated_matvec": ("product", lambda args, kwargs, out: _matvecs([args[0], list(args[1:3])], kwargs, out)),
     **dict.fromkeys(
         ("convolution", "_convolution", "convolution_overrideable", "cudnn_convolution", "cudnn_convolution_relu")
         + ("cudnn_convolution_add_relu", "mkldnn_convolution", "conv1d", "conv2d", "conv3d", "_conv_depthwise2d", "conv_depthwise3d")
@@ -331,7 +332,7 @@ _FORMULAS: dict[str, tuple[str, Callable[[Sequence[Any], Mapping[str, Any], Any]
     **dict.fromkeys(
         ("scaled_dot_product_attention", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")
         + ("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu")
-        + ("_scaled_dot_product_fused_attention_overrideable", "flex_attention"),
+        + ("_scaled_dot_product_fused_attention_overrideable", "flex_attention", "attend_one"),
         ("attention", _attention(True)),
     ),
     **dict.fromkeys(("_flash_attention_forward", "_efficient_attention_forward"), ("attention", _attention(False))),

@@ -24,7 +24,7 @@ class Way:
     options: dict[str, Any] = field(default_factory=dict)
     """Inductor's settings for the decode step."""
     own_rows: bool = False
-    """A decode step's products of one row run in gpuopt's own kernel (programs/one_row.py)."""
+    """A decode step's products of one row, and its attention, run in gpuopt's own kernels (programs/one_row.py, programs/ops/attend_one.py)."""
 
 
 TUNED = {"coordinate_descent_tuning": True}
@@ -48,7 +48,7 @@ WAYS: dict[tuple[str, str | None], Way] = {
         words="static cache, compiled steps with tuned matrix-vector products in CUDA graphs", compiles=True, records=True, options=TUNED
     ),
     ("inductor", "gemv"): Way(
-        words="static cache, compiled steps with gpuopt's matrix-vector kernel in CUDA graphs",
+        words="static cache, compiled steps with gpuopt's kernels for one row in CUDA graphs",
         compiles=True,
         records=True,
         options=DEPENDENT,
@@ -65,6 +65,16 @@ WAYS: dict[tuple[str, str | None], Way] = {
 
 UNASKED = {"cuda": ("eager", "cudagraphs", "inductor", "inductor:tuned"), "cpu": ("eager", "eager:static", "inductor")}
 """What is compared where no --backend is given, by the kind of device. The model as it comes is first: the others are held against it."""
+
+
+UNASKED_ALONE = {"cuda": ("inductor:gemv",)}
+"""And where there is one sequence."""
+
+
+def unasked(kind: str, batch: int | None) -> tuple[str, ...]:
+    """What is compared on this kind of device for this many sequences (None: as many as the inputs have) where nobody said."""
+    alone = UNASKED_ALONE.get(kind, ()) if batch == 1 else ()
+    return (*UNASKED.get(kind, UNASKED["cpu"]), *alone)
 
 
 def resolve(backend: BackendSpec) -> Way:

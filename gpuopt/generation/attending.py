@@ -15,7 +15,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from gpuopt.programs.ops import attend_one
+
 NAME = "gpuopt_one_token"
+LAUNCHED = "gpuopt_one_token_in_one_launch"
 MOST_KEYS = 16_384
 """Sequences x positions; beyond it a kernel that splits long caches and shares keys between heads does better."""
 
@@ -31,8 +34,7 @@ def one_token(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)  # type: ignore[no-any-return]
     batch, heads, _, width = query.shape
     held, length = key.shape[1:3]
-    scaling = more.get("scaling")
-    rows = query.reshape(batch, held, heads // held, 1, width).float() * (width**-0.5 if scaling is None else scaling)
+    rows = query.reshape(batch, held, heads // held, 1, width).float() * _scale(width, more)
     scores = (rows * key[:, :, None].float()).sum(-1)
     for added in (attention_mask, more.get("position_bias")):
         if added is not None:
@@ -40,6 +42,22 @@ def one_token(
     shares = scores.softmax(-1)
     found = (shares[..., None] * value[:, :, None].float()).sum(-2)
     return found.to(query.dtype).reshape(batch, 1, heads, value.shape[-1]), None
+
+
+def in_one_launch(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **more: Any
+) -> tuple[torch.Tensor, None]:
+    """The same, in a kernel of ours where it takes this: three reductions wait for each other, which is most of what they cost where there are few keys."""
+    seen = attention_mask[..., : key.shape[2]] if attention_mask is not None else None
+    others = [word for word in ("cache", "softcap", "position_bias") if more.get(word) is not None]
+    if others or not attend_one.takes(query, key, value, seen):
+        return one_token(module, query, key, value, attention_mask, **more)
+    return attend_one.attend_one(query, key, value, seen, _scale(query.shape[3], more)), None
+
+
+def _scale(width: int, more: dict[str, Any]) -> float:
+    given = more.get("scaling")
+    return width**-0.5 if given is None else float(given)
 
 
 def _with(scores: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
@@ -50,16 +68,20 @@ def _with(scores: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def in_place(module: torch.nn.Module) -> Iterator[None]:
-    """While a loop of ours runs; put back afterwards, because generate() as shipped runs the same module. Models that attend otherwise than by `sdpa` are left alone."""
+def in_place(module: torch.nn.Module, *, launched: bool = False) -> Iterator[None]:
+    """While a loop of ours runs; put back afterwards, because generate() as shipped runs the same module. Models that attend otherwise than by `sdpa` are left alone.
+
+    launched: in our own kernel.
+    """
     held: Iterator[Any] = (getattr(part, "config", None) for part in module.modules())
     configs = {id(config): config for config in held if getattr(config, "_attn_implementation", None) == "sdpa"}
     if configs:
-        AttentionInterface.register(NAME, one_token)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
+        for name, attend in ((NAME, one_token), (LAUNCHED, in_one_launch)):
+            AttentionInterface.register(name, attend)
+            AttentionMaskInterface.register(name, sdpa_mask)
     try:
         for config in configs.values():
-            config._attn_implementation_internal = NAME
+            config._attn_implementation_internal = LAUNCHED if launched else NAME
         yield
     finally:
         for config in configs.values():

@@ -123,7 +123,8 @@ class Stepped:
 
     def _attending(self) -> AbstractContextManager[None]:
         """Without a compiler the kernels that come with torch are the better ones."""
-        return attending.in_place(self.subject.module) if self.launcher.way.compiles else nullcontext()
+        way = self.launcher.way
+        return attending.in_place(self.subject.module, launched=way.own_rows) if way.compiles else nullcontext()
 
     def _fill(self, prompt: Prompt) -> None:
         bucket = self.bucket(prompt)

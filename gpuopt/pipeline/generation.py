@@ -76,8 +76,9 @@ def _ways(candidates: Sequence[Candidate], spec: GenerateSpec, device: Device) -
     """Where no backend was named, every model in the ways this kind of device is compared in."""
     if spec.backends_named:
         return tuple(candidates)
-    names = generation.UNASKED.get(device.kind, generation.UNASKED["cpu"])
-    return tuple(replace(c, backend=BackendSpec.parse(name)) for c in candidates for name in names)
+    return tuple(
+        replace(c, backend=BackendSpec.parse(name)) for c in candidates for name in generation.unasked(device.kind, c.dims.get("N"))
+    )
 
 
 def _group(

@@ -254,7 +254,8 @@ _TRANSPOSED = (
 _ATTENTIONS = (
     "aten::scaled_dot_product_attention aten::_scaled_dot_product_flash_attention aten::_scaled_dot_product_flash_attention_for_cpu "
     "aten::_scaled_dot_product_efficient_attention aten::_scaled_dot_product_cudnn_attention aten::_scaled_dot_product_fused_attention_overrideable "
-    "aten::_scaled_dot_product_attention_math aten::_scaled_dot_product_attention_math_for_mps aten::_cudnn_attention_forward aten::_triton_scaled_dot_attention"
+    "aten::_scaled_dot_product_attention_math aten::_scaled_dot_product_attention_math_for_mps aten::_cudnn_attention_forward aten::_triton_scaled_dot_attention "
+    "gpuopt::attend_one"
 ).split()
 _PACKED_ATTENTIONS = (
     "aten::_flash_attention_forward aten::_efficient_attention_forward torch_attn::_varlen_attn torch_attn::_varlen_attn_out "
@@ -281,6 +282,7 @@ PRODUCTS: dict[str, Formula] = {
     "aten::_scaled_mm_v2": _matmul("self", "mat2"),
     "aten::mv": _mv("self"),
     "gpuopt::matvecs": _rows("weights"),
+    "gpuopt::gated_matvec": lambda args, out: 2.0 * (_numel(args["gate"].shape) + _numel(args["up"].shape)),
     "aten::addmv": _mv("mat"),
     "aten::dot": _vector("self"),
     "aten::vdot": _vector("self"),

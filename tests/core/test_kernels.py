@@ -10,6 +10,8 @@ NAMES = [
     # (name, class, kind, on tensor cores, dtype it multiplies in)
     # product
     ("_matvecs", "other product", "product", False, None),
+    ("_matvecs_gated", "other product", "product", False, None),
+    ("_attend_one", "attention", "attention", None, None),
     ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", "tensor-core product", "product", True, "float16"),
     ("nvjet_sm90_hss_64x8_64x16_1x1_h_bz_splitK_NNT", "tensor-core product", "product", True, "float16"),
     ("nvjet_tst_320x128_64x3_1x2_h_bz_coopB_bias_TNT", "tensor-core product", "product", True, "bfloat16"),

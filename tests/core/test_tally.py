@@ -23,6 +23,8 @@ CASES = [
     ("aten.addbmm.default", [t(4, 16), t(3, 4, 8), t(3, 8, 16)], t(4, 16), 2 * 3 * 4 * 8 * 16),
     ("aten.mv.default", [t(4, 8), t(8)], t(4), 2 * 4 * 8),
     ("gpuopt.matvecs.default", [t(1, 1, 8), [t(16, 8), t(4, 8)]], [t(1, 1, 16), t(1, 1, 4)], 2 * 8 * 20),
+    ("gpuopt.gated_matvec.default", [t(1, 1, 8), t(16, 8), t(16, 8), "silu"], t(1, 1, 16), 2 * 8 * 32),
+    ("gpuopt.attend_one.default", [t(2, 6, 1, 8), t(2, 3, 40, 8), t(2, 3, 40, 16), None, 0.3], t(2, 1, 6, 16), 2 * 12 * 40 * 24),
     ("aten.dot.default", [t(8), t(8)], t(), 2 * 8),
     ("aten.linear.default", [t(2, 3, 8), t(16, 8), t(16)], t(2, 3, 16), 2 * 6 * 8 * 16),
     (

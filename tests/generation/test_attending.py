@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from gpuopt.generation import attending
 from gpuopt.generation.loop import SMALLEST_SPLIT, largest
 from gpuopt.generation.masks import added
+from gpuopt.programs.ops import attend_one
 
 
 def drawn(*, batch: int = 2, heads: int = 8, held: int = 2, length: int = 37, width: int = 16) -> list[torch.Tensor]:
@@ -54,6 +55,32 @@ def test_many_queries_and_long_caches_are_left_to_the_library(monkeypatch: pytes
     assert len(asked) == 2
 
 
+@pytest.mark.parametrize("masked", ["none", "added", "bool"])
+def test_in_one_launch_it_is_the_same(monkeypatch: pytest.MonkeyPatch, masked: str) -> None:
+    """The kernel's definition, which a GPU test holds the kernel against."""
+    asked: list[Any] = []
+    attend = attend_one.attend_one
+    monkeypatch.setattr(attend_one, "takes", lambda query, *_: query.shape[2] == 1)
+    monkeypatch.setattr(attend_one, "attend_one", lambda *given: asked.append(given) or attend(*given))
+    query, key, value = drawn()
+    seen = torch.arange(40)[None, None, None] <= torch.tensor([20, 5])[:, None, None, None]
+    mask = {"none": None, "added": added(seen, torch.float32), "bool": seen}[masked]
+    module: Any = SimpleNamespace(num_key_value_groups=4, is_causal=True)
+    for more in ({}, {"scaling": 0.3}):
+        got, wanted = (f(module, query, key, value, mask, **more)[0] for f in (attending.in_one_launch, attending.one_token))
+        torch.testing.assert_close(got, wanted)
+    assert len(asked) == 2
+    bias = torch.zeros(1, 8, 1, 37)
+    attending.in_one_launch(module, query, key, value, mask, position_bias=bias)
+    assert len(asked) == 2, "a bias is left to the three reductions"
+
+
+def test_a_cpu_has_no_such_launch() -> None:
+    query, key, value = (t.half() for t in drawn())
+    module: Any = SimpleNamespace(num_key_value_groups=4, is_causal=True)
+    assert torch.equal(*(f(module, query, key, value, None)[0] for f in (attending.in_one_launch, attending.one_token)))
+
+
 @pytest.mark.parametrize("name", ["mistral", "t5", "whisper", "gpt2", "gemma"])
 def test_models_are_given_it_and_get_their_own_back(make: Callable[[str], Any], name: str) -> None:
     module = make(name)
@@ -61,6 +88,9 @@ def test_models_are_given_it_and_get_their_own_back(make: Callable[[str], Any], 
     with pytest.raises(ValueError, match="inside"), attending.in_place(module):
         assert module.config._attn_implementation == (attending.NAME if own == "sdpa" else own)
         raise ValueError("inside")
+    assert module.config._attn_implementation == own
+    with attending.in_place(module, launched=True):
+        assert module.config._attn_implementation == (attending.LAUNCHED if own == "sdpa" else own)
     assert module.config._attn_implementation == own
 
 

@@ -12,7 +12,7 @@ import torch
 
 from gpuopt.core.errors import UsageError
 from gpuopt.core.spec import BackendSpec
-from gpuopt.generation import UNASKED, WAYS, bounds, reading, resolve
+from gpuopt.generation import WAYS, bounds, reading, resolve, unasked
 from gpuopt.generation.stepped import Stepped
 from gpuopt.generation.subject import subject
 from gpuopt.models import llama_8b_tiny
@@ -91,8 +91,10 @@ def test_bounds_are_bytes_over_bandwidth_until_products_take_longer() -> None:
 
 
 def test_ways_are_named_and_others_refused() -> None:
-    for names in UNASKED.values():
-        assert all(resolve(BackendSpec.parse(name)) for name in names)
+    for kind in ("cuda", "cpu", "simulated"):
+        assert all(resolve(BackendSpec.parse(name)) for batch in (None, 1, 8) for name in unasked(kind, batch))
+    assert set(unasked("cuda", 1)) - set(unasked("cuda", 8)) == {"inductor:gemv"}, "which takes products of one row"
+    assert unasked("cpu", 1) == unasked("cpu", None)
     assert resolve(BackendSpec.parse("eager")).shipped
     with pytest.raises(UsageError, match="trt does not generate"):
         resolve(BackendSpec.parse("trt"))

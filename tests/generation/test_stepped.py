@@ -13,11 +13,12 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gpuopt.core.errors import Unsupported, UsageError
-from gpuopt.generation import WAYS
+from gpuopt.generation import WAYS, attending
 from gpuopt.generation.shipped import Shipped
 from gpuopt.generation.stepped import Stepped, bucket_of
 from gpuopt.generation.subject import Prompt, Subject, subject
 from gpuopt.models import llama_8b_tiny, t5_large_tiny
+from gpuopt.programs.ops import attend_one
 
 _spec = importlib.util.spec_from_file_location("generation_conftest", Path(__file__).with_name("conftest.py"))
 assert _spec is not None and _spec.loader is not None
@@ -190,6 +191,23 @@ def test_graphs_give_the_tokens_of_generate(make: Callable[[str], Any], name: st
         if not seed:
             loop = Stepped(found, WAYS[key], batch=2, prompt_tokens=found.length(prompt), new_tokens=20, stop_at_eos=False, device="cuda:0")
         assert torch.equal(loop(prompt), eager(found, prompt))
+
+
+def test_a_compiler_takes_attention_in_one_launch_whole(make: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, but for the kernel: its definition runs in its place."""
+    found = subject(make("mistral"))
+    asked: list[tuple[int, ...]] = []
+
+    def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        asked.append(tuple(query.shape))
+        return query.shape[2] == 1
+
+    monkeypatch.setattr(attend_one, "takes", takes)
+    monkeypatch.setattr(Stepped, "_attending", lambda self: attending.in_place(self.subject.module, launched=True))
+    prompt = text(batch=1)
+    loop = stepped(found, prompt, new_tokens=6, way=COMPILED)
+    assert torch.equal(loop(prompt), eager(found, prompt, new_tokens=6))
+    assert any(shape[2] == 1 for shape in asked), "a step's attention was offered to the kernel"
 
 
 @pytest.mark.gpu

@@ -542,3 +542,13 @@ def test_one_row_times_several_matrices_is_counted() -> None:
     weights = [torch.randn(n, 8) for n in (16, 4)]
     found = counted(Call(lambda x: torch.ops.gpuopt.matvecs(x, weights)[0]), torch.randn(1, 8))
     assert found.flops == 2 * 8 * 20
+    found = counted(Call(lambda x: torch.ops.gpuopt.gated_matvec(x, weights[0], weights[0], "silu")), torch.randn(1, 8))
+    assert found.flops == 2 * 8 * 32
+
+
+def test_attention_of_one_query_is_counted() -> None:
+    from gpuopt.programs.ops import attend_one
+
+    key, value = torch.randn(2, 3, 40, 8), torch.randn(2, 3, 40, 16)
+    found = counted(Call(lambda x: attend_one.attend_one(x, key, value, None, 0.3)), torch.randn(2, 6, 1, 8))
+    assert found.flops == 2 * 12 * 40 * 24

@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib
 
 OPS: dict[str, str] = {
+    "attend_one": "gpuopt.programs.ops.attend_one",
     "conv_relu": "gpuopt.programs.ops.conv",
+    "gated_matvec": "gpuopt.programs.ops.gated_matvec",
     "linear_gelu": "gpuopt.programs.ops.linear_gelu",
     "matvecs": "gpuopt.programs.ops.matvec",
 }

@@ -316,6 +316,7 @@ def a_bench(own: Told, whole: Told | None, others: Told | None, **request: Any) 
 
 def test_the_second_resident_process_goes_along_where_it_is_asked_for_and_gives_the_device_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager, "TURNS", BenchSpec(num_pairs=8))
+    monkeypatch.setattr(eager, "ALONE", BenchSpec(num_pairs=3))
     plan: Any = SimpleNamespace(binding={}, anatomy=SimpleNamespace(host={}), spec=WHOLE)
     again = Told(1040)
     under_way = a_bench(Told(1000), Told(1020, fails_at=2), again, rivals=("accelerate", "resident"))
@@ -362,6 +363,7 @@ def test_a_bench_of_what_fits_and_what_does_not_tells_the_first_beside_plain_eag
     monkeypatch.setattr(isolate, "Child", There)
     monkeypatch.setattr(bench, "device", SimpleNamespace(parse=lambda text: SimpleNamespace(is_simulated=False)))
     monkeypatch.setattr(eager, "TURNS", BenchSpec(num_pairs=6))
+    monkeypatch.setattr(eager, "ALONE", BenchSpec(num_pairs=3))
     streams.Inline.asked.clear()
     half = StreamSpec(budget_share=0.5)
     report = command.stream(job(streams.factory(tmp_path), "bench", WHOLE, half, device="simulated:block=0.05ms", rivals=("resident",)))
@@ -371,7 +373,7 @@ def test_a_bench_of_what_fits_and_what_does_not_tells_the_first_beside_plain_eag
     assert read == report and read.streamed is not None
     fits, moves = read.streamed.rows
     assert moves.over_eager is None and fits.over_eager is not None and fits.over_eager.over is not None
-    assert fits.over_eager.over.num_pairs == 6 and not fits.over_eager.apart
+    assert fits.over_eager.over.num_pairs == 9 and not fits.over_eager.apart
     assert [one.name for one in fits.over_eager.others] == ["everything resident", "everything resident, again"]
     assert streams.Inline.asked.count("plain") == streams.Inline.asked.count("unplain") == 1
     assert all(arm.rival is None for arm in read.streamed.arms), "plain eager once more is no library"

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from gpuopt.programs.ops import conv, linear_gelu, matvec
+from gpuopt.programs.ops import attend_one, conv, gated_matvec, linear_gelu, matvec
 
 pytestmark = pytest.mark.gpu
 
@@ -145,7 +145,7 @@ def test_they_run_in_one_kernel_of_ours():
     assert len([name for name in names if "_matvecs" in name]) == 1 == len([n for n in names if "memcpy" not in n.lower()]), names
 
 
-@pytest.mark.parametrize("case", ["two rows", "fp32", "ragged", "unaligned", "transposed"])
+@pytest.mark.parametrize("case", ["two rows", "fp32", "ragged", "unaligned", "transposed", "with gaps"])
 def test_what_the_kernel_does_not_take_is_computed_all_the_same(case):
     row, weight = torch.randn(1, 4096, device="cuda").half(), torch.randn(512, 4096, device="cuda").half()
     if case == "two rows":
@@ -154,6 +154,8 @@ def test_what_the_kernel_does_not_take_is_computed_all_the_same(case):
         row, weight = row.float(), weight.float()
     elif case == "ragged":
         row, weight = row[:, :4095].contiguous(), weight[:, :4095].contiguous()
+    elif case == "with gaps":
+        row = torch.randn(1, 8192, device="cuda").half()[:, ::2]
     elif case == "unaligned":
         weight = torch.randn(512 * 4096 + 1, device="cuda").half()[1:].view(512, 4096)
     else:
@@ -173,6 +175,113 @@ def test_a_chain_of_them_in_a_graph_reads_what_the_one_before_wrote():
         for number in range(40):
             (row,) = matvec.matvecs(row, [weights[number % 4]])
             row = row / row.float().norm().to(row.dtype) * 64 if number % 5 == 4 else row
+        return row
+
+    wanted = chain(start)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        chain(start)
+    torch.cuda.synchronize()
+    graph, given = torch.cuda.CUDAGraph(), start.clone()
+    with torch.cuda.graph(graph, stream=stream):
+        out = chain(given)
+    for number in range(60):
+        given.copy_(start if number % 2 else start.flip(-1))
+        graph.replay()
+        if number % 2:
+            assert torch.equal(out, wanted), number
+
+
+@pytest.mark.parametrize("dtype", attend_one.HALVES, ids=str)
+@pytest.mark.parametrize("kind", ["none", "seen", "added", "behind the end"])
+@pytest.mark.parametrize("length", [1, 128, 257, 1024])
+@pytest.mark.parametrize("sizes", [(1, 32, 8, 128), (3, 6, 6, 80), (2, 4, 1, 256)], ids=str)
+def test_attention_of_one_query(sizes, length, kind, dtype):
+    batch, heads, held, width = sizes
+    query = torch.randn(batch, heads, 1, width, device="cuda").to(dtype)
+    key, value = (torch.randn(batch, held, length + 3, width, device="cuda").to(dtype)[:, :, :length] for _ in range(2))
+    seen = torch.rand(batch, 1, 1, length, device="cuda") < 0.5
+    seen[..., 0] = True
+    mask = {"none": None, "seen": seen, "added": torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, float("-inf"))}.get(kind)
+    if kind == "behind the end":
+        mask = (torch.arange(length, device="cuda") <= length // 3)[None, None, None]
+    assert attend_one.takes(query, key, value, mask)
+    out = attend_one.attend_one(query, key, value, mask, width**-0.5)
+    spread = [t.double().repeat_interleave(heads // held, 1) for t in (key, value)]
+    whole = mask if mask is None or mask.dtype == torch.bool else mask.double()
+    ref = F.scaled_dot_product_attention(query.double(), *spread, attn_mask=whole).transpose(1, 2)
+    assert out.shape == ref.shape and ((out - ref).norm() / ref.norm()) < LIMITS[dtype]
+
+
+def test_it_runs_in_one_kernel_of_ours():
+    query, key, value = (torch.randn(1, heads, length, 128, device="cuda").half() for heads, length in ((32, 1), (8, 256), (8, 256)))
+    call = lambda: attend_one.attend_one(query, key, value, None, 0.1)  # noqa: E731
+    call()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    names = [event.name for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len([name for name in names if "_attend_one" in name]) == 1 == len([n for n in names if "memcpy" not in n.lower()]), names
+
+
+@pytest.mark.parametrize("act", gated_matvec.ACTS)
+@pytest.mark.parametrize("dtype", matvec.HALVES, ids=str)
+@pytest.mark.parametrize("height", [1, 7, 129, 14336])
+@pytest.mark.parametrize("width", [64, 1000, 4096, 5000, 8192])
+def test_gated_products_round_where_the_unfused_operators_do(width, height, dtype, act):
+    row = torch.randn(1, 1, width, device="cuda").to(dtype)
+    gate, up = ((torch.randn(height, width, device="cuda") / width**0.5).to(dtype) for _ in range(2))
+    out = gated_matvec.gated_matvec(row, gate, up, act).double()
+    gates, ups = row.double() @ gate.double().T, row.double() @ up.double().T
+    ref = gated_matvec.ACTS[act](gates) * ups
+    # Of the products and not of the result: an activation's tail is as far off as the half it was given.
+    assert out.shape == ref.shape and ((out - ref).norm() / (gates * ups).norm()) < 2 * LIMITS[dtype]
+    stepwise = (gated_matvec.ACTS[act](gates.to(dtype)) * ups.to(dtype)).double()
+    ulp = torch.finfo(dtype).eps * stepwise.abs().clamp(min=torch.finfo(dtype).smallest_normal)
+    assert ((out - stepwise).abs() <= ulp).double().mean() > (0.98 if height > 100 else 0.8)
+
+
+def test_a_gated_pair_runs_in_one_kernel_of_ours():
+    row, gate, up = (torch.randn(height, 4096, device="cuda").half() for height in (1, 14336, 14336))
+    call = lambda: gated_matvec.gated_matvec(row, gate, up, "silu")  # noqa: E731
+    call()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    names = [event.name for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len([name for name in names if name.startswith("_matvecs")]) == 1 == len([n for n in names if "memcpy" not in n.lower()]), names
+
+
+@pytest.mark.parametrize("case", ["two rows", "fp32", "ragged", "unaligned", "transposed", "with gaps"])
+def test_a_gated_pair_that_the_kernel_does_not_take_is_computed_all_the_same(case):
+    row, gate, up = (torch.randn(height, 1024, device="cuda").half() / 8 for height in (1, 512, 512))
+    if case == "two rows":
+        row = torch.cat([row, row * 2])
+    elif case == "fp32":
+        row, gate, up = row.float(), gate.float(), up.float()
+    elif case == "ragged":
+        row, gate, up = (t[:, :1023].contiguous() for t in (row, gate, up))
+    elif case == "with gaps":
+        row = row.repeat(1, 2)[:, ::2]
+    elif case == "unaligned":
+        up = torch.cat([up.new_zeros(1), up.flatten()])[1:].view(512, 1024)
+    else:
+        up = up.T.contiguous().T
+    out = gated_matvec.gated_matvec(row, gate, up, "silu")
+    ref = F.silu(row.double() @ gate.double().T) * (row.double() @ up.double().T)
+    assert ((out - ref).norm() / ref.norm()) < 2e-3
+
+
+def test_a_chain_of_gated_pairs_in_a_graph_reads_what_the_one_before_wrote():
+    """Each begins while the one before it ends: one that read its input too early would be found here."""
+    weights = [(torch.randn(2, 4096, 4096, device="cuda") / 64).bfloat16() for _ in range(4)]
+    start = torch.randn(1, 4096, device="cuda").bfloat16()
+
+    def chain(row):
+        for number in range(20):
+            row = gated_matvec.gated_matvec(row, *weights[number % 4], "silu")
+            (row,) = matvec.matvecs(row, [weights[number % 3][0]])
+            row = row / row.float().norm().to(row.dtype) * 64
         return row
 
     wanted = chain(start)
