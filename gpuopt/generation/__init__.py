@@ -14,6 +14,7 @@ class Way:
     """How a prefill and a decode step are run. All but `shipped` have a cache of fixed length and keep every tensor of the loop on the device."""
 
     words: str
+    """Without what `told` adds."""
     shipped: bool = False
     """The model's own generate()."""
     compiles: bool = False
@@ -25,6 +26,10 @@ class Way:
     """Inductor's settings for the decode step."""
     own_rows: bool = False
     """A decode step's products of one row, and its attention, run in gpuopt's own kernels (programs/one_row.py, programs/ops/attend_one.py)."""
+
+    def told(self, device: str) -> str:
+        """How it runs there: on a CPU nothing is recorded."""
+        return self.words + (", in CUDA graphs" if self.records and self.compiles and device.startswith("cuda") else "")
 
 
 TUNED = {"coordinate_descent_tuning": True}
@@ -40,22 +45,22 @@ WAYS: dict[tuple[str, str | None], Way] = {
     ("eager", None): Way(words="generate() as shipped", shipped=True),
     ("eager", "static"): Way(words="static cache, eager steps"),
     ("cudagraphs", None): Way(words="static cache, eager steps recorded as CUDA graphs", records=True),
-    ("inductor", None): Way(words="static cache, compiled steps in CUDA graphs", compiles=True, records=True),
+    ("inductor", None): Way(words="static cache, compiled steps", compiles=True, records=True),
     ("inductor", "reduce-overhead"): Way(
         words="static cache, torch.compile(mode='reduce-overhead')", compiles=True, mode="reduce-overhead"
     ),
     ("inductor", "tuned"): Way(
-        words="static cache, compiled steps with tuned matrix-vector products in CUDA graphs", compiles=True, records=True, options=TUNED
+        words="static cache, compiled steps with tuned matrix-vector products", compiles=True, records=True, options=TUNED
     ),
     ("inductor", "gemv"): Way(
-        words="static cache, compiled steps with gpuopt's kernels for one row in CUDA graphs",
+        words="static cache, compiled steps with gpuopt's kernels for one row",
         compiles=True,
         records=True,
         options=DEPENDENT,
         own_rows=True,
     ),
     ("inductor", "max-autotune"): Way(
-        words="static cache, compiled steps with every product autotuned, in CUDA graphs",
+        words="static cache, compiled steps with every product autotuned",
         compiles=True,
         records=True,
         options={**TUNED, "max_autotune": True},

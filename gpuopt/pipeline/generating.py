@@ -62,7 +62,7 @@ def built(
     cut = () if most is None else (f"prompts of {most} tokens instead of {found.length(whole)}: the model has {found.positions} positions",)
     batch = next(iter(prompt.values())).shape[0]
 
-    progress(None, f"building: {way.words}")
+    progress(None, f"building: {way.told(device)}")
     began = time.monotonic()
     shipped = Shipped(found, new_tokens=spec.new_tokens, stop_at_eos=spec.stop_at_eos)
     stepped = None
@@ -82,7 +82,7 @@ def built(
     now = time.monotonic()
     told = Generated(
         kind=found.kind,
-        way=way.words,
+        way=way.told(device),
         batch=batch,
         prompt_tokens=length,
         new_tokens=tokens.shape[1],

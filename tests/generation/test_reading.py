@@ -16,6 +16,7 @@ from gpuopt.generation import WAYS, bounds, reading, resolve, unasked
 from gpuopt.generation.stepped import Stepped
 from gpuopt.generation.subject import subject
 from gpuopt.models import llama_8b_tiny
+from gpuopt.programs.ops import attend_one
 
 _spec = importlib.util.spec_from_file_location("generation_conftest", Path(__file__).with_name("conftest.py"))
 assert _spec is not None and _spec.loader is not None
@@ -100,6 +101,14 @@ def test_ways_are_named_and_others_refused() -> None:
         resolve(BackendSpec.parse("trt"))
     with pytest.raises(UsageError, match="no options"):
         resolve(BackendSpec.parse("inductor:max_autotune=true"))
+
+
+def test_the_guide_tells_of_every_way_and_of_what_the_kernels_take() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
+    for (name, preset), way in WAYS.items():
+        assert f"| `{name}:{preset}` | {way.told('cuda:0')} |" in text or f"| `{name}` | {way.told('cuda:0')} |" in text, (name, preset)
+    assert "CUDA graphs" not in " ".join(WAYS["inductor", preset].told("cpu") for preset in (None, "tuned"))
+    assert f"up to {attend_one.MOST_KEYS:,} positions" in text
 
 
 def test_weights_made_of_other_tensors_are_counted_as_those() -> None:
