@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 MARK = re.compile(r"<!-- table:(?P<name>[\w-]+) -->\n.*?<!-- /table -->", re.DOTALL)
 GENERATED = re.compile(r"<!-- generated:(?P<name>[\w-]+) -->\n.*?<!-- /generated -->", re.DOTALL)
+SUMMARY = re.compile(r"<!-- summary -->\n.*?<!-- /summary -->", re.DOTALL)
 WIDE = 1.1
 SEARCH = re.compile(r"<!-- search:(?P<name>[\w-]+) -->\n.*?<!-- /search -->", re.DOTALL)
 
@@ -93,6 +94,65 @@ def generated(name: str) -> str:
     return "\n".join([*lines, "", " ".join(notes)])
 
 
+CASES = (
+    ("ResNet-101, 256 images", "resnet101_fast"),
+    ("ResNet-101, one image", "resnet101_b1"),
+    ("BERT-large, 64 x 512 tokens", "bert_large_fast"),
+    ("the same in fp8", "bert_large_fp8"),
+    ("BERT-large, one sentence of 128 tokens", "bert_large_b1"),
+    ("Llama of the 8B class, decoding one sequence", "llama_8b_decode"),
+    ("T5-large, generating from one prompt", "t5_large_generate"),
+)
+PLAIN = frozenset({"channels_last", "fold_batch_norm", "no_mask"})
+"""Changes that others' settings are given too: without the last one, their compiled attention falls to fp32."""
+PRESETS = frozenset({None, "", "default", "reduce-overhead", "max-autotune", "freezing", "nhwc"})
+"""Of the libraries themselves."""
+
+
+def summary() -> str:
+    """The fastest verified run of each case, beside the fastest of others' settings in the same report, and the first row."""
+    lines = [
+        "| case | fastest | speed | of measured | over the fastest of eager, `torch.compile` and ONNX Runtime | over the first row |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for words, name in CASES:
+        report = codec.read_json(Report, ROOT / "recipes" / name / "h200.json")
+        timed = [run for run in report.runs if run.status is Status.OK and run.latency_ms is not None]
+        best = min(timed, key=_ms)
+        others = [run for run in timed if _is_others(run)]
+        rival, first = min(others, key=_ms), timed[0]
+        if best.generated is not None:
+            speed, share = f"{best.generated.tokens_per_s:,.0f} tokens/s", best.generated.pct_of_bound
+        else:
+            speed, share = f"{best.samples_per_s:,.0f} a second, {best.tflops:,.0f} TFLOP/s", best.pct_of_measured
+        if best.batch == 1 and best.generated is None:
+            speed = f"{_ms(best):.3g} ms"
+        over = f"{_ms(rival) / _ms(best):.2f}x `{_what(rival)}`"
+        lines.append(f"| {words} | `{_what(best)}` | {speed} | {share:.0f}% | {over} | {_ms(first) / _ms(best):.1f}x `{_what(first)}` |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Both sides of a ratio are medians of one report, those of the tables below. Generation: of the bound that reading the weights sets; others are generate() as it comes.",
+        ]
+    )
+
+
+def _ms(run: Run) -> float:
+    assert run.latency_ms is not None
+    return run.latency_ms.median
+
+
+def _is_others(run: Run) -> bool:
+    if run.generated is not None:
+        return run.backend == "eager" and not run.preset
+    return run.preset in PRESETS and not run.options and PLAIN.issuperset(run.transforms)
+
+
+def _what(run: Run) -> str:
+    return " ".join([run.precision or "", run.backend + (f":{run.preset}" if run.preset else ""), *(f"{k}={v}" for k, v in sorted(run.options.items())), *run.transforms])  # fmt: skip
+
+
 def row(run: Run) -> str:
     """One run; a run that has no times says why."""
     what = " ".join(
@@ -137,6 +197,7 @@ def _spread(run: Run) -> str:
 
 def render(text: str) -> str:
     """README text with its tables made again."""
+    text = SUMMARY.sub(lambda m: f"<!-- summary -->\n{summary()}\n<!-- /summary -->", text)
     text = GENERATED.sub(lambda m: f"<!-- generated:{m['name']} -->\n{generated(m['name'])}\n<!-- /generated -->", text)
     text = MARK.sub(lambda m: f"<!-- table:{m['name']} -->\n{table(m['name'])}\n<!-- /table -->", text)
     return SEARCH.sub(lambda m: f"<!-- search:{m['name']} -->\n{searched(m['name'])}\n<!-- /search -->", text)
