@@ -145,7 +145,6 @@ class InductorRunner:
         self._precision = options.get("precision")
         self._reader = compiler.GraphReader(tally_for(device))
         self._graphs = bool(settings.get("triton.cudagraphs"))
-        self._is_dependent = bool(settings.get("triton.enable_pdl"))
         self._is_static = bool(options.get("static_outputs", False))
         self._has_wide_rows = bool(options.get("wide_rows", False))
         self._is_recording = str(options.get("preset")).endswith(_GRAPHED)
@@ -181,9 +180,7 @@ class InductorRunner:
 
     def compile(self, inputs: Inputs) -> None:
         """First calls: everything that compiles, warms up or records a graph happens here, and what it gave up on is noted."""
-        # With every lowering there is: not for those who only ask what this backend can do.
-        from gpuopt.programs.dependent import waits_first
-        from gpuopt.programs.wide_rows import wide_rows
+        from gpuopt.programs.wide_rows import wide_rows  # with every lowering there is: not for those who only ask what this backend can do
 
         if self._split is not None and not isinstance(self._call, streams.Parted):
             self._call = streams.Parted(self._call, self._split, tuple(inputs.kwargs), self.device)
@@ -197,7 +194,6 @@ class InductorRunner:
             self._heard.listening(),
             compiler.reading(self._generated),
             wide_rows(self._has_wide_rows),
-            waits_first(self._is_dependent),
             torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=4096),
         ):
             if self._dynamic:

@@ -76,9 +76,9 @@ UNASKED_ALONE = {"cuda": ("inductor:gemv",)}
 """And where there is one sequence."""
 
 
-def unasked(kind: str, batch: int | None) -> tuple[str, ...]:
-    """What is compared on this kind of device for this many sequences (None: as many as the inputs have) where nobody said."""
-    alone = UNASKED_ALONE.get(kind, ()) if batch == 1 else ()
+def unasked(kind: str, batch: int | None, dtype: str | None) -> tuple[str, ...]:
+    """What is compared on this kind of device for this many sequences (None: as many as the inputs have) in this dtype (None: the model's own) where nobody said."""
+    alone = UNASKED_ALONE.get(kind, ()) if batch == 1 and dtype in (None, "float16", "bfloat16") else ()
     return (*UNASKED.get(kind, UNASKED["cpu"]), *alone)
 
 

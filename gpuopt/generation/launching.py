@@ -52,18 +52,18 @@ class Launcher:
         self._recorded.clear()
 
     def _compiled(self, run: Launch, *, tuned: bool) -> Launch:
-        # With Inductor's settings and its code generator, which take seconds.
-        from gpuopt.programs.dependent import ENABLED, waits_first
-
         rows = None
         if tuned and self.way.own_rows:
+            # With Inductor's settings and its code generator, which take seconds.
+            from gpuopt.programs.dependent import wait_first
             from gpuopt.programs.one_row import OneRow
 
+            wait_first()
             rows = OneRow()
-        options = {**(self.way.options if tuned else {}), **(rows.settings if rows else {})}
         if self.way.mode:
             made = torch.compile(run, fullgraph=True, dynamic=False, mode=self.way.mode)
         else:
+            options = {**(self.way.options if tuned else {}), **(rows.settings if rows else {})}
             made = torch.compile(run, fullgraph=True, dynamic=False, options=options)
         is_traced = False
 
@@ -72,10 +72,7 @@ class Launcher:
             if is_traced:
                 made()
                 return
-            with (
-                waits_first(bool(options.get(ENABLED))),
-                torch._dynamo.config.patch(recompile_limit=_BUCKETS, accumulated_recompile_limit=4 * _BUCKETS),
-            ):
+            with torch._dynamo.config.patch(recompile_limit=_BUCKETS, accumulated_recompile_limit=4 * _BUCKETS):
                 made()
             is_traced = True
             if rows is not None:

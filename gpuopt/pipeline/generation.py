@@ -76,9 +76,12 @@ def _ways(candidates: Sequence[Candidate], spec: GenerateSpec, device: Device) -
     """Where no backend was named, every model in the ways this kind of device is compared in."""
     if spec.backends_named:
         return tuple(candidates)
-    return tuple(
-        replace(c, backend=BackendSpec.parse(name)) for c in candidates for name in generation.unasked(device.kind, c.dims.get("N"))
-    )
+    found: list[Candidate] = []
+    for candidate in candidates:
+        dtype = None if candidate.precision is None else candidate.precision.dtype
+        names = generation.unasked(device.kind, candidate.dims.get("N"), dtype)
+        found += [replace(candidate, backend=BackendSpec.parse(name)) for name in names]
+    return tuple(found)
 
 
 def _group(

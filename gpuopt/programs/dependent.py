@@ -7,8 +7,6 @@ say that memory was reused. A kernel that waits first still has its launch, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch._inductor.codegen.triton import TritonKernel
@@ -22,18 +20,22 @@ CHOOSES = "_handle_pdl_before_access"
 """Inductor's method that writes a wait into a kernel, or does not."""
 
 
-@contextmanager
-def waits_first(wanted: bool) -> Iterator[None]:
-    """What is compiled inside waits so, if `wanted`. Raises Unsupported for a torch that places the waits elsewhere."""
-    if not wanted:
-        yield
-        return
+def wait_first() -> None:
+    """From now on, what Inductor compiles in this process with that setting waits so: a model may be compiled again at any call, for other shapes. Harmless twice.
+
+    Raises Unsupported for a torch that places the waits elsewhere.
+    """
     chosen = getattr(TritonKernel, CHOOSES, None)
     if chosen is None:
-        raise Unsupported("this version of torch places the waits of dependent launches elsewhere", fix="--backend inductor:tuned")
+        raise Unsupported("this version of torch places the waits of dependent launches elsewhere", fix=f"leave {ENABLED} out")
+    if getattr(chosen, "waits_first", False):
+        return
 
     def always(kernel: Any, buffer: Any, *dependencies: Any, **more: Any) -> None:
         scheduler = V.graph.scheduler
+        if scheduler is None:  # a template's kernel, before there is a schedule: it has no part in dependent launch
+            chosen(kernel, buffer, *dependencies, **more)
+            return
         before = scheduler.previous_node
         scheduler.previous_node = None  # as for the first kernel of a graph, of whose predecessor nothing is known
         try:
@@ -41,8 +43,5 @@ def waits_first(wanted: bool) -> Iterator[None]:
         finally:
             scheduler.previous_node = before
 
+    always.waits_first = True  # type: ignore[attr-defined]
     setattr(TritonKernel, CHOOSES, always)
-    try:
-        yield
-    finally:
-        setattr(TritonKernel, CHOOSES, chosen)

@@ -43,7 +43,7 @@ def settings(
 ) -> dict[str, Any]:
     """A preset's settings under those of `options`, but for the keys in `own`, which are not Inductor's.
 
-    `names` says in a message what a user may set besides Inductor's own names. Raises UsageError for an unknown preset or setting.
+    `names` says in a message what a user may set besides Inductor's own names. Raises UsageError for an unknown preset or setting, Unsupported for one that is not safe with this torch.
     """
     preset = options.get("preset") or "default"
     if preset not in presets:
@@ -53,7 +53,12 @@ def settings(
     for key in asked:
         if key not in known:
             raise UsageError(f"{backend} has no option {key!r}", fix=f"{names}a name in torch._inductor.config")
-    return {**QUIET, **presets[preset], **asked}
+    found = {**QUIET, **presets[preset], **asked}
+    if found.get("triton.enable_pdl"):
+        from gpuopt.programs.dependent import wait_first  # with Inductor's code generator, which takes seconds
+
+        wait_first()
+    return found
 
 
 def has_cpp_compiler() -> bool:

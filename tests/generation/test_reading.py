@@ -93,9 +93,11 @@ def test_bounds_are_bytes_over_bandwidth_until_products_take_longer() -> None:
 
 def test_ways_are_named_and_others_refused() -> None:
     for kind in ("cuda", "cpu", "simulated"):
-        assert all(resolve(BackendSpec.parse(name)) for batch in (None, 1, 8) for name in unasked(kind, batch))
-    assert set(unasked("cuda", 1)) - set(unasked("cuda", 8)) == {"inductor:gemv"}, "which takes products of one row"
-    assert unasked("cpu", 1) == unasked("cpu", None)
+        assert all(resolve(BackendSpec.parse(name)) for batch in (None, 1, 8) for name in unasked(kind, batch, None))
+    for dtype in (None, "float16", "bfloat16"):
+        assert set(unasked("cuda", 1, dtype)) - set(unasked("cuda", 8, dtype)) == {"inductor:gemv"}, "which takes products of one row"
+    assert unasked("cuda", 1, "float32") == unasked("cuda", 8, None)
+    assert unasked("cpu", 1, None) == unasked("cpu", None, None)
     assert resolve(BackendSpec.parse("eager")).shipped
     with pytest.raises(UsageError, match="trt does not generate"):
         resolve(BackendSpec.parse("trt"))

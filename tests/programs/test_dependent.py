@@ -14,23 +14,32 @@ from torch._inductor.virtualized import V
 
 from gpuopt.core.errors import Unsupported
 from gpuopt.programs import dependent
-from gpuopt.programs.dependent import CHOOSES, waits_first
+from gpuopt.programs import inductor as compiler
+from gpuopt.programs.dependent import CHOOSES, ENABLED, wait_first
 
 
-def written(read: str, *wrote: str) -> str:
-    """What Inductor writes before a kernel reads `read`, the node before it having written `wrote`."""
+@pytest.fixture(autouse=True)
+def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's own choice, after each test."""
+    own = getattr(TritonKernel, CHOOSES)
+    assert not getattr(own, "waits_first", False), "somebody before has changed it for the whole process"
+    monkeypatch.setattr(TritonKernel, CHOOSES, own)
+
+
+def written(read: str, *wrote: str, scheduled: bool = True) -> str:
+    """What Inductor writes before a kernel reads `read`, the node before it having written `wrote`. Without a schedule: what a template's kernel is asked for."""
     kernel: Any = SimpleNamespace(
-        _enable_pdl_codegen=lambda: True,
+        _enable_pdl_codegen=lambda: scheduled,
         inside_reduction=False,
         GDC_WAIT=TritonKernel.GDC_WAIT,
         current_node=SimpleNamespace(mutation_renames={}),
     )
     before = SimpleNamespace(read_writes=SimpleNamespace(writes=[SimpleNamespace(name=name) for name in wrote], reads=[]))
-    graph: Any = SimpleNamespace(scheduler=SimpleNamespace(previous_node=before))
+    graph: Any = SimpleNamespace(scheduler=SimpleNamespace(previous_node=before) if scheduled else None)
     buffer = IndentedBuffer()
     with V.set_graph_handler(graph), V.set_kernel_handler(kernel):
         getattr(TritonKernel, CHOOSES)(kernel, buffer, read)
-    assert graph.scheduler.previous_node is before
+    assert not scheduled or graph.scheduler.previous_node is before
     return buffer.getvalue().strip()
 
 
@@ -38,24 +47,29 @@ def test_a_kernel_waits_whoever_wrote_what_it_reads() -> None:
     """The first line is Inductor's defect, and the reason for all of this: once it is mended there, the module can go."""
     assert written("buf1", "buf2") == ""
     assert written("buf1", "buf1") == TritonKernel.GDC_WAIT
-    with waits_first(True):
-        assert written("buf1", "buf2") == written("buf1", "buf1") == TritonKernel.GDC_WAIT
-    with waits_first(False):
-        assert written("buf1", "buf2") == ""
-
-
-def test_it_is_put_back_after_a_failure() -> None:
-    kept = getattr(TritonKernel, CHOOSES)
-    with pytest.raises(ZeroDivisionError), waits_first(True):
-        raise ZeroDivisionError
-    assert getattr(TritonKernel, CHOOSES) is kept
+    wait_first()
+    once = getattr(TritonKernel, CHOOSES)
+    wait_first()
+    assert getattr(TritonKernel, CHOOSES) is once
+    assert written("buf1", "buf2") == written("buf1", "buf1") == TritonKernel.GDC_WAIT
+    assert written("buf1", scheduled=False) == "", "a template is rendered before there is a schedule"
 
 
 def test_a_torch_that_waits_elsewhere_is_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it, tokens would be wrong."""
+    """Without it, results would be wrong."""
     monkeypatch.setattr(dependent, "CHOOSES", "_gone")
-    with pytest.raises(Unsupported, match="elsewhere"), waits_first(True):
-        pass
+    with pytest.raises(Unsupported, match="elsewhere"):
+        wait_first()
+
+
+@pytest.mark.parametrize("backend", ["inductor", "aoti"])
+def test_whoever_asks_for_it_has_it(backend: str) -> None:
+    """Compiled at once, or again at some later call."""
+    options = {"triton.enable_pdl": False}
+    compiler.settings(backend, {"default": {}}, options, own=("preset",))
+    assert written("buf1", "buf2") == ""
+    compiler.settings(backend, {"default": {}}, {ENABLED: True}, own=("preset",))
+    assert written("buf1", "buf2") == TritonKernel.GDC_WAIT
 
 
 @pytest.mark.gpu
@@ -70,7 +84,8 @@ def test_all_kernels_of_a_graph_wait_before_they_touch_memory() -> None:
     x = torch.randn(1, 1, 64, device="cuda").half()
     rows = OneRow(least_bytes=0)
     torch._dynamo.reset()
-    with torch.no_grad(), waits_first(True):
+    wait_first()
+    with torch.no_grad():
         found, (code, *_) = run_and_get_code(torch.compile(module, fullgraph=True, options={**rows.settings, "triton.enable_pdl": True}), x)
     kernels = re.findall(r"^def triton_.*?(?=^''')", code, re.DOTALL | re.MULTILINE)
     assert rows.num_changed == 14 and kernels

@@ -169,10 +169,15 @@ def _row(bench: _Bench, number: int, spec: StreamSpec) -> None:
 
 
 def _over_eager(bench: _Bench, plan: Plan) -> OverEager | None:
-    """Against plain eager, where the plan is that but for what streaming adds: all weights on the device. None where it is not, and on paper."""
+    """Against plain eager, where the plan is that but for what streaming adds: all weights on the device. None where it is not, where its blocks are compiled, and on paper."""
     if plan.binding or plan.anatomy.host or bench.own.known.device is None or bench.request.alone:
         if AGAIN in bench.request.rivals:
             bench.progress.warn(f"{RIVALS[AGAIN].title} is compared with where nothing is streamed, on a GPU: not within this budget")
+        return None
+    if plan.spec.compile:
+        bench.progress.warn(
+            "compiled blocks are held against everything resident and compiled; over plain eager they would be another program's gain"
+        )
         return None
     others = {RESIDENT: bench.whole} if bench.whole is not None else {}
     again = _again(bench, plan) if AGAIN in bench.request.rivals else None

@@ -59,7 +59,7 @@ def over_eager(
             sides,
             turns or TURNS,
             beside={name: side(arm) for name, arm in others.items()},
-            on_round=lambda share: progress.update(own.key, share / 2, "timing in turns with plain eager"),
+            on_round=lambda share: progress.update(own.key, share if turns else share / 2, "timing in turns with plain eager"),
             on_failure=gone,
         )
         if turns is None:

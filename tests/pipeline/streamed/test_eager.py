@@ -329,6 +329,8 @@ def test_the_second_resident_process_goes_along_where_it_is_asked_for_and_gives_
         SimpleNamespace(binding={}, anatomy=SimpleNamespace(host={"embed.weight": 1})),
     ):
         assert bench._over_eager(under_way, other) is None  # type: ignore[arg-type]
+    compiled: Any = SimpleNamespace(binding={}, anatomy=SimpleNamespace(host={}), spec=StreamSpec(budget_share=1.0, compile=True))
+    assert bench._over_eager(under_way, compiled) is None, "everything resident is compiled as well then: no plain eager"
     assert bench._over_eager(a_bench(Told(1), None, None, alone=True), plan) is None
     broken = Told(1, fails="resident", fails_at=0)
     found = bench._over_eager(a_bench(Told(1), None, broken, rivals=("resident",)), plan)
