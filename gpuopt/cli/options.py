@@ -170,7 +170,7 @@ GenerateOpt = Annotated[
         metavar="N",
         help="Time the greedy generation of N tokens after each prompt (--dim S=128 is its length), not single calls.",
         panel=MEASURE,
-        min=1,
+        min=2,
     ),
 ]
 MinTimeOpt = Annotated[

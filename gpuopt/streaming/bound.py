@@ -7,8 +7,8 @@ each unit's `forward`, outside what is compiled: a compiled block has no hook in
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -22,11 +22,14 @@ from gpuopt.streaming import guards
 from gpuopt.streaming.engines import Engine, Fill, Filler, HostBuffer, Source
 from gpuopt.streaming.graphed import Graphs, require_gpu
 from gpuopt.streaming.parameters import Tensors
+from gpuopt.streaming.reaching import Watch
 from gpuopt.streaming.shelf import Shelf
 from gpuopt.streaming.slabs import Held, Slab, Staged, bits_of, checksum
 from gpuopt.streaming.slabs import fill as fill_slab
 from gpuopt.streaming.stages import Stage, compile_all, uncompiled
 from gpuopt.streaming.streamer import Streamer
+
+_UNWATCHED = nullcontext()
 
 
 def bind(
@@ -95,6 +98,8 @@ class Bound:
         self._writes = guards.Writes({})
         self._undo = ExitStack()
         """Forwards and guards."""
+        self._watch: Watch | None = None
+        """Of the first forward, before and while it runs."""
         self._is_open = True
 
     @property
@@ -153,6 +158,7 @@ class Bound:
         self._wrap()
         self.streamer.start_forward()
         self.streamer.forwards = 0
+        self._watch = Watch({name: lane.slot.buffer for name, lane in self.streamer.lanes.items()}) if self.streamer.lanes else None
         if self.plan.spec.compile:
             self.compile()
         if self.plan.spec.graphs:
@@ -267,7 +273,8 @@ class Bound:
         def forward(*args: Any, **kwargs: Any) -> Any:
             generation, segment = self._enter(stage)
             try:
-                outputs = stage.call(*args, **kwargs)
+                with _UNWATCHED if self._watch is None else self._watching(stage):
+                    outputs = stage.call(*args, **kwargs)
                 self._leave(stage, segment)
             except BaseException as error:  # Ctrl-C within a forward as well
                 self._broken(generation, error)
@@ -277,9 +284,29 @@ class Bound:
         # This frame alone is left to Python when somebody compiles around it: what it calls may be compiled.
         return torch.compiler.disable(forward, recursive=False)  # type: ignore[no-any-return]
 
+    @contextmanager
+    def _watching(self, stage: Stage) -> Iterator[None]:
+        """The first forward of the model, and the units in it."""
+        watch = self._watch
+        assert watch is not None
+        if stage.name:
+            watch.running.append(stage.name)
+            try:
+                yield
+            finally:
+                watch.running.pop()
+            return
+        watch.running.clear()
+        with watch:
+            yield
+        self._watch = None  # after a whole forward: one that was refused is refused again
+
     @uncompiled
     def _enter(self, stage: Stage) -> tuple[int, AbstractContextManager[Any]]:
         self._turn.take()
+        watch = self._watch
+        if watch is not None:
+            watch.is_paused = True
         try:
             guards.refuse_training(stage.module)
             if not stage.name:
@@ -293,17 +320,27 @@ class Bound:
         except BaseException:
             self._turn.give()
             raise
+        finally:
+            if watch is not None:
+                watch.is_paused = False
         return self.streamer.generation, segment
 
     @uncompiled
     def _leave(self, stage: Stage, segment: AbstractContextManager[Any]) -> None:
+        watch = self._watch
+        if watch is not None:
+            watch.is_paused = True
         segment.__exit__(None, None, None)
         if stage.slot is not None:
             self.streamer.after(stage.name)
+        if watch is not None:
+            watch.is_paused = False
         self._turn.give()
 
     @uncompiled
     def _broken(self, generation: int, error: BaseException) -> None:
+        if self._watch is not None:
+            self._watch.is_paused = True
         try:
             # A forward within a forward breaks off with it, once.
             if self.streamer.generation == generation:
@@ -316,6 +353,7 @@ class Bound:
     def compile(self, **options: Any) -> None:
         """`torch.compile` each unit's forward, streamed or resident; what runs around it stays outside, so `fullgraph=True` holds. Options are torch.compile's."""
         self._refuse_closed()
+        self._watch = None  # compiled code, and a recording, are no operations that could be watched
         if self.graphs is not None:
             raise UsageError("the units' CUDA graphs are of what they were before", fix="compile() first, or plan with --compile --graphs")
         self._undo.callback(compile_all(self._all_units(), options))
@@ -328,6 +366,7 @@ class Bound:
         self._refuse_closed()
         if self.graphs is not None:
             raise UsageError("the units have CUDA graphs already", fix="call record() once")
+        self._watch = None
         self.graphs = graphs or Graphs(self.module, self.plan, self.engine.device)
         self._undo.callback(self.graphs.close)
         for stage in self._all_units():
@@ -350,10 +389,11 @@ class Bound:
             for place in unit.places:
                 if place.name == name:
                     if unit.name in self._sources:
-                        # A disk is read once for all of a unit's parameters, which are asked for one after the other.
-                        if self._read_last is None or self._read_last.unit is not unit:
-                            self._read_last = Slab(unit, self._sources[unit.name].read(unit.name))
-                        return self._read_last.view(place)
+                        # A disk is read once for all of a unit's parameters, which are asked for one after the other; by several threads maybe, and a forward forgets it.
+                        last = self._read_last
+                        if last is None or last.unit is not unit:
+                            last = self._read_last = Slab(unit, self._sources[unit.name].read(unit.name))
+                        return last.view(place)
                     return self._residents[unit.name].view(place).to("cpu")
         raise UsageError(f"no unit has a parameter {name!r}", fix="name one of module.named_parameters()")
 

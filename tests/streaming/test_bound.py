@@ -1,6 +1,8 @@
 """A streamed model gives the bits it gives whole, and is whole again afterwards."""
 
 import copy
+import sys
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -543,3 +545,29 @@ def test_a_planned_model_with_units_on_a_disk_runs_as_predicted(stack, tmp_path,
     late = device.forwards[20:]
     assert sum(f.ms for f in late) / len(late) == pytest.approx(made.predicted_ms, rel=0.01)
     assert torch.equal(module(x), want)
+
+
+def test_threads_that_read_the_true_weights_at_once_read_them(stack, planned):
+    """Each of a unit's parameters is asked for after the other, by several at once, and a forward forgets what was read last."""
+    module, x = stack(), torch.randn(3, 8)
+    wanted = {name: value.clone() for name, value in module.state_dict().items()}
+    wrong: list[str] = []
+
+    def read() -> None:
+        for _ in range(60):
+            found = module.state_dict()
+            wrong.extend(name for name, value in wanted.items() if not torch.equal(found[name], value))
+
+    interval = sys.getswitchinterval()
+    with bind(module, planned(module), engine()):
+        sys.setswitchinterval(1e-6)
+        try:
+            readers = [threading.Thread(target=read) for _ in range(3)]
+            for reader in readers:
+                reader.start()
+            for reader in readers:
+                reader.join()
+            module(x)
+        finally:
+            sys.setswitchinterval(interval)
+    assert wrong == []

@@ -59,6 +59,11 @@ def optimize(
     path = journal.path_of(target) if target is not None else None
     crew = Crew(job=job, machine=machine, base=base, progress=progress, hire=hire, known={} if known is None else known)
     with journal.opened(path, header, resume=spec.resume) as book, gathered(crew):
+        if spec.resume and not book.answers and target is not None and target.exists() and not job.force:
+            raise UsageError(
+                f"{path.name if path else ''} holds no answer to go on with, and {target.name} is already there",
+                fix="--force, or another -o",
+            )
         try:
             found = _searched(crew, book)
         except BaseException as ended:
@@ -200,6 +205,7 @@ def _digest(job: Job, base: Candidate, identity: str) -> str:
         "tolerance": codec.dump(job.tolerance),
         "verify": job.bench.verify,
         "source": identity or _source_hash(base),
+        "files": _read_by(base),
     }
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
@@ -207,6 +213,18 @@ def _digest(job: Job, base: Candidate, identity: str) -> str:
 def _source_hash(base: Candidate) -> str:
     source = outputs.source_of(base)
     return consent.sha256_of(source) if source is not None and source.is_file() else ""
+
+
+def _read_by(base: Candidate) -> dict[str, str]:
+    """Other files that answers rest on, by what they hold: a factory's source, a folder's files (by size and time: weights are long to read), given inputs."""
+    text = base.model.text
+    named = [base.inputs.file, text.rpartition(":")[0] if ".py:" in text else None]
+    found = {str(name): consent.sha256_of(Path(name)) for name in named if name and Path(name).is_file()}
+    source = outputs.source_of(base)
+    if source is not None and source.is_dir():
+        parts = sorted(path for path in source.rglob("*") if path.is_file())
+        found |= {str(path.relative_to(source)): f"{(told := path.stat()).st_size} {told.st_mtime_ns}" for path in parts}
+    return found
 
 
 def _fingerprint(machine: Machine) -> dict[str, str]:

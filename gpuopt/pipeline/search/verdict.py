@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from gpuopt.core import stats
 from gpuopt.core.result import Status
 from gpuopt.core.search import Choice, Timed
 from gpuopt.pipeline.search import tune
@@ -89,6 +90,8 @@ def _chosen(books: Books, timed: Mapping[str, Timed]) -> Choice:
     over = ", and is over a budget" if _over(books, others[key]) else ""
     # Slower in the pairs than in the short blocks of screening, or faster by less than can be told from noise: two different answers.
     told = "which is not more than the noise" if ratio > 1 else "which is no faster"
+    if others[key].verdict == "inconclusive" and (others[key].low or 0.0) > 1 + stats.PRACTICAL:
+        told = f"which its pairs are too few to be sure of: --pairs {stats.MIN_PAIRS} or more"
     return keep(
         books,
         f"the nearest, {books.trials[key].label}, is {ratio:.3f}× as fast ({_interval(others[key])}), {told}{over}"

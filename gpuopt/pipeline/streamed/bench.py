@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from gpuopt.core.errors import GpuoptError
 from gpuopt.core.progress import Progress
-from gpuopt.core.result import Report, Run
+from gpuopt.core.result import GateResult, Report, Run
 from gpuopt.core.spec import Candidate, Job
 from gpuopt.core.streamed import RIVALS, OverEager, StreamArm, StreamRequest, StreamRow
 from gpuopt.core.streaming import Plan, StreamSpec
@@ -21,6 +21,7 @@ from gpuopt.pipeline.streamed.arms import (
     Arm,
     base,
     blocks_of,
+    budget_text,
     child,
     flat,
     measured,
@@ -102,7 +103,22 @@ def benched(job: Job, request: StreamRequest, progress: Progress) -> Report:
                 one.child.kill()
     told = base("bench", opened)
     told = replace(told, rows=tuple(bench.rows), arms=tuple(bench.arms), notes=(*told.notes, *notes))
-    return report(job, opened, told, runs=bench.runs)
+    return report(job, opened, told, runs=bench.runs, judged=_same_bits(bench))
+
+
+def _same_bits(bench: _Bench) -> tuple[GateResult, ...]:
+    """A budget with other outputs than everything resident is fast at something else: such a bench fails."""
+    return tuple(
+        GateResult(
+            name="outputs",
+            passed=False,
+            figure="not equal to everything resident",
+            limit="equal bit for bit",
+            run=f"streamed {budget_text(row.measured.plan.spec)}",
+        )
+        for row in bench.rows
+        if row.measured is not None and row.measured.exact is False
+    )
 
 
 def _resident(

@@ -34,7 +34,8 @@ def headline(report: Report, name: Callable[[Run], str]) -> list[Message]:
     text = f"{name(run)} decodes {f.rate(best.tokens_per_s)} tokens/s"
     if best.pct_of_bound is not None:
         text += f", {f.percent(best.pct_of_bound)} of the {f.rate(best.bound_tokens_per_s)} that reading the weights once a token allows"
-    shipped = next((g for _, g in ok if g.cache_tokens is None and g.batch == best.batch and g.tokens_per_s_overall), None)
+    alike = [g for other, g in ok if g.batch == best.batch and other.precision == run.precision and g.tokens_per_s_overall]
+    shipped = next((g for g in alike if g.cache_tokens is None), None)
     if shipped is not None and shipped is not best and shipped.tokens_per_s_overall and best.tokens_per_s_overall:
         text += f"; a whole generation runs at {f.ratio(best.tokens_per_s_overall / shipped.tokens_per_s_overall)} the speed of generate() as shipped"
     return [Message("good", text)]

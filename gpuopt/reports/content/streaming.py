@@ -64,6 +64,13 @@ def _answer(told: StreamReport, row: StreamRow) -> Message:
         )
     if seen is None:
         return Message("info", text)
+    if seen.exact is False:
+        text = f"{name} within {budget} is not the model: its outputs differ from everything resident, so its time says nothing"
+        return Message(
+            "error",
+            text,
+            "gpuopt stream verify with the same options says more: is a block's weight read, or a part of it called, outside the block's forward?",
+        )
     off = 100 * (seen.median_ms / plan.predicted_ms - 1) if plan.predicted_ms else 0.0
     text += f", measured {f.ms(seen.median_ms)}: {f.percent(seen.pct_of_bound)} of the bound, {f.change(off / 100)} against the prediction"
     if seen.simulated:

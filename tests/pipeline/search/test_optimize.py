@@ -233,6 +233,34 @@ def test_a_journal_of_other_settings_is_not_resumed(local: Any, tools: Any, mode
             optimize(replace(changed, search=replace(changed.search, resume=True)))
 
 
+def test_a_journal_of_files_that_have_changed_is_not_resumed(tmp_path: Path) -> None:
+    """What a factory's file, given inputs and a folder hold is no setting, and answers rest on it."""
+    from gpuopt.core.spec import Candidate, InputSpec, ModelRef
+    from gpuopt.pipeline.search.optimize import _read_by
+
+    source, given, folder = tmp_path / "m.py", tmp_path / "x.npz", tmp_path / "llama"
+    folder.mkdir()
+    for path in (source, given, folder / "w.safetensors"):
+        path.write_bytes(b"one")
+    for text, path in ((f"{source}:build", source), ("pkg.mod:build", given), (str(folder), folder / "w.safetensors")):
+        base = Candidate(model=ModelRef(text=text), inputs=InputSpec(file=str(given)))
+        before = _read_by(base)
+        assert before == _read_by(base)
+        path.write_bytes(b"other")
+        assert _read_by(base) != before, text
+
+
+def test_an_empty_journal_is_nothing_to_resume_over_a_bundle(local: Any, tools: Any, models: Models, tmp_path: Path) -> None:
+    job = asked(tools, models("net"), "null:sleep_ms=2", "null:sleep_ms=1", output=str(tmp_path / "o"))
+    optimize(job)
+    path = journal.path_of(tmp_path / "o")
+    kept = sorted((p.name, p.read_bytes()) for p in (tmp_path / "o").iterdir() if p.is_file())
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UsageError, match="no answer to go on with, and o is already there"):
+        optimize(replace(job, search=replace(job.search, resume=True)))
+    assert sorted((p.name, p.read_bytes()) for p in (tmp_path / "o").iterdir() if p.is_file()) == kept
+
+
 def test_throughput_without_a_batch_starts_where_the_model_does(local: Any, tools: Any, models: Models) -> None:
     job = asked(tools, models("net"), "null:sleep_ms=2", search={"goal": "throughput", "max_trials": 5})
     bare = replace(job.candidates[0], dims={}, inputs=replace(job.candidates[0].inputs, dims=()))

@@ -16,7 +16,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from gpuopt.core.search import Screened, SearchSpec, Trial
-from gpuopt.core.spec import Candidate, Change, Precision
+from gpuopt.core.spec import BackendSpec, Candidate, Change, Precision
 from gpuopt.pipeline.search import predict, tune
 from gpuopt.pipeline.search.books import GOOD, Books
 from gpuopt.pipeline.search.frontier import knee, pareto
@@ -518,3 +518,25 @@ def test_within_2_percent_of_the_best_in_30_percent_of_the_time(declared: Any) -
     assert sum(c.reached >= 0.98 for c in costs) >= 9
     assert min(c.reached for c in costs) >= 0.8
     assert statistics.median(c.share for c in costs) <= 0.5
+
+
+def test_pairs_that_are_too_few_are_not_called_noise() -> None:
+    from gpuopt.core.search import Timed, Trial
+    from gpuopt.pipeline.search import tune, verdict
+    from gpuopt.pipeline.search.books import Books
+
+    books = Books(w.BASE, SearchSpec())
+    other = replace(w.BASE, backend=BackendSpec(name="inductor"))
+    for candidate in (w.BASE, other):
+        key = tune.key(candidate)
+        books.known[key], books.trials[key] = candidate, Trial(key=key, label=str(candidate.backend), origin="")
+    base = Timed(status="ok", ms=2.0)
+    said = {
+        name: verdict._chosen(
+            books, {tune.key(w.BASE): base, tune.key(other): replace(base, ms=1.0, ratio=2.0, low=low, high=2.1, verdict="inconclusive")}
+        )
+        for name, low in (("few", 1.9), ("noise", 0.9))
+    }
+    assert all(choice.keeps_input for choice in said.values())
+    assert "--pairs 6 or more" in said["few"].because and "noise" not in said["few"].because
+    assert "not more than the noise" in said["noise"].because
