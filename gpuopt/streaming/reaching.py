@@ -18,8 +18,23 @@ from gpuopt.core.errors import Unsupported
 _LOOKS = frozenset(
     {"__get__", "__set__", "__hash__", "__len__", "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "data_ptr"}
     | {"is_contiguous", "element_size", "get_device", "is_floating_point", "is_complex", "untyped_storage", "requires_grad_"}
+    | {
+        "new_empty",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_tensor",
+        "empty_like",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+    }
 )
 """What asks a tensor about itself, and not for its values. A view is looked at when it is used."""
+_LIKE = frozenset({"to", "type_as", "view_as", "reshape_as", "expand_as"})
+"""What asks the second about itself, and the first for its values."""
 
 
 class Watch(TorchFunctionMode):
@@ -42,8 +57,9 @@ class Watch(TorchFunctionMode):
             self._ends[start] = start + buffer.numel() * buffer.element_size()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.is_paused and getattr(func, "__name__", "") not in _LOOKS:
-            for leaf in tree_leaves((args, kwargs or {})):
+        name = getattr(func, "__name__", "")
+        if not self.is_paused and name not in _LOOKS:
+            for leaf in args[:1] if name in _LIKE else tree_leaves((args, kwargs or {})):
                 if type(leaf) in (torch.Tensor, torch.nn.Parameter):
                     self._look(func, leaf)
         return func(*args, **(kwargs or {}))

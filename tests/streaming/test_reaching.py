@@ -48,6 +48,11 @@ STEPS: dict[str, tuple[bool, Callable[[Any, Tensor], Tensor]]] = {
     "a weight": (False, lambda block, x: F.linear(x, block.a.weight)),
     "a weight after the block": (False, lambda block, x: block(x) + block.b.bias),
     "a weight's shape alone": (True, lambda block, x: block(x) * block.a.weight.shape[0]),
+    "a weight's dtype and device": (
+        True,
+        lambda block, x: block(x).type_as(block.a.weight).to(block.a.weight) + block.a.weight.new_zeros(1),
+    ),
+    "a cast of a weight": (False, lambda block, x: block(x) + block.a.bias.type_as(x)),
 }
 
 
