@@ -107,12 +107,13 @@ def test_a_library_that_starts_a_thread_ends_forking(tmp_path: Path) -> None:
     own = forking.Zygote({**os.environ, **isolate.child_environment(), "PYTHONPATH": os.pathsep.join([str(tmp_path), HERE])})
     try:
         r, w = os.pipe()
-        own.fork("fake_worker", own.environment, (r, w, w))
+        pid = own.fork("fake_worker", own.environment, (r, w, w))
         own.expect(["timm"])
         with pytest.raises(forking.Refused, match="started a thread"):
             own.fork("fake_worker", own.environment, (r, w, w))
         os.close(r)
         os.close(w)
+        os.kill(pid, signal.SIGKILL)  # it holds both ends of the pipe it waits on, so nobody closes it
     finally:
         own.close()
 
