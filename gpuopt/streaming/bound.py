@@ -30,6 +30,8 @@ from gpuopt.streaming.stages import Stage, compile_all, uncompiled
 from gpuopt.streaming.streamer import Streamer
 
 _UNWATCHED = nullcontext()
+_unseen = torch._C.DisableTorchFunction
+"""Around what fills slots, which is no function of the model's: a watched forward looks away."""
 
 
 def bind(
@@ -304,47 +306,37 @@ class Bound:
     @uncompiled
     def _enter(self, stage: Stage) -> tuple[int, AbstractContextManager[Any]]:
         self._turn.take()
-        watch = self._watch
-        if watch is not None:
-            watch.is_paused = True
         try:
             guards.refuse_training(stage.module)
-            if not stage.name:
-                self._writes.refuse()
-                self._read_last = None
-                self.streamer.start_forward()
-            elif stage.slot is not None:
-                self.streamer.before(stage.name)
-            segment = self.engine.segment(stage.name, stage.slot)
-            segment.__enter__()
+            with _unseen():
+                if not stage.name:
+                    self._writes.refuse()
+                    self._read_last = None
+                    self.streamer.start_forward()
+                elif stage.slot is not None:
+                    self.streamer.before(stage.name)
+                segment = self.engine.segment(stage.name, stage.slot)
+                segment.__enter__()
         except BaseException:
             self._turn.give()
             raise
-        finally:
-            if watch is not None:
-                watch.is_paused = False
         return self.streamer.generation, segment
 
     @uncompiled
     def _leave(self, stage: Stage, segment: AbstractContextManager[Any]) -> None:
-        watch = self._watch
-        if watch is not None:
-            watch.is_paused = True
-        segment.__exit__(None, None, None)
-        if stage.slot is not None:
-            self.streamer.after(stage.name)
-        if watch is not None:
-            watch.is_paused = False
+        with _unseen():
+            segment.__exit__(None, None, None)
+            if stage.slot is not None:
+                self.streamer.after(stage.name)
         self._turn.give()
 
     @uncompiled
     def _broken(self, generation: int, error: BaseException) -> None:
-        if self._watch is not None:
-            self._watch.is_paused = True
         try:
             # A forward within a forward breaks off with it, once.
             if self.streamer.generation == generation:
-                self.streamer.abort()
+                with _unseen():
+                    self.streamer.abort()
         except RuntimeError as second:  # a device that is lost answers everything so; the first error says why
             error.add_note(f"and the streams could not be drained: {second}")
         finally:

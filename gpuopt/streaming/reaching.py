@@ -47,8 +47,6 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.running: list[str] = []
         """Units whose forward runs now, from the outermost on."""
-        self.is_paused = False
-        """Slots are filled: no operation of the model's."""
         self._of: dict[int, list[str]] = {}
         self._ends: dict[int, int] = {}
         for name, buffer in slots.items():
@@ -58,7 +56,7 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if not self.is_paused and name not in _LOOKS:
+        if name not in _LOOKS:
             for leaf in args[:1] if name in _LIKE else tree_leaves((args, kwargs or {})):
                 if type(leaf) in (torch.Tensor, torch.nn.Parameter):
                     self._look(func, leaf)
