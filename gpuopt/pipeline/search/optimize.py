@@ -204,23 +204,17 @@ def _digest(job: Job, base: Candidate, identity: str) -> str:
         "search": codec.dump(spec),
         "tolerance": codec.dump(job.tolerance),
         "verify": job.bench.verify,
-        "source": identity or _source_hash(base),
+        "source": identity,
         "files": _read_by(base),
     }
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
-def _source_hash(base: Candidate) -> str:
-    source = outputs.source_of(base)
-    return consent.sha256_of(source) if source is not None and source.is_file() else ""
-
-
 def _read_by(base: Candidate) -> dict[str, str]:
-    """Other files that answers rest on, by what they hold: a factory's source, a folder's files (by size and time: weights are long to read), given inputs."""
-    text = base.model.text
-    named = [base.inputs.file, text.rpartition(":")[0] if ".py:" in text else None]
+    """Files that answers rest on, by what they hold: the model's, or its factory's source; a folder's by size and time, for weights are long to read; given inputs."""
+    text, source = base.model.text, outputs.source_of(base)
+    named = [source, base.inputs.file, text.rpartition(":")[0] if ".py:" in text else None]
     found = {str(name): consent.sha256_of(Path(name)) for name in named if name and Path(name).is_file()}
-    source = outputs.source_of(base)
     if source is not None and source.is_dir():
         parts = sorted(path for path in source.rglob("*") if path.is_file())
         found |= {str(path.relative_to(source)): f"{(told := path.stat()).st_size} {told.st_mtime_ns}" for path in parts}

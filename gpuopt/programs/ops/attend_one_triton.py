@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpuopt.programs.ops import overlapping
+
 BLOCK = 128
 """Keys read at once."""
 
@@ -93,7 +95,6 @@ def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: f
     batch, heads, _, width = query.shape
     held, length = key.shape[1:3]
     found = query.new_empty((batch, 1, heads, value.shape[3]))
-    is_dependent = query.is_cuda and torch.cuda.get_device_capability(query.device)[0] >= 9
     kind, strides = "none", (0, 0, 0)
     if mask is not None:
         kind = "seen" if mask.dtype == torch.bool else "added"
@@ -118,8 +119,7 @@ def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: f
         VALUE_COLUMNS=triton.next_power_of_2(value.shape[3]),
         BLOCK=BLOCK,
         MASK=kind,
-        IS_DEPENDENT=is_dependent,
         num_warps=8,
-        **({"launch_pdl": True} if is_dependent else {}),
+        **overlapping.launch(query),
     )
     return found

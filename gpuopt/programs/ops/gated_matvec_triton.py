@@ -5,11 +5,11 @@ A program sums the same few rows of both matrices, so that what it makes of them
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpuopt.programs.ops import overlapping
 from gpuopt.programs.ops.matvec_triton import shape_of
 
 
@@ -79,7 +79,6 @@ def run(input: Tensor, gate: Tensor, up: Tensor, act: str) -> Tensor:
     height, width = gate.shape
     shape = shape_of(width)
     found = input.new_empty((*input.shape[:-1], height))
-    is_dependent = input.is_cuda and torch.cuda.get_device_capability(input.device)[0] >= 9
     _matvecs_gated[(triton.cdiv(height, shape.rows),)](
         input,
         gate,
@@ -91,9 +90,8 @@ def run(input: Tensor, gate: Tensor, up: Tensor, act: str) -> Tensor:
         PIECE=shape.piece,
         ACT=act,
         IS_EVEN=width % shape.piece == 0,
-        IS_DEPENDENT=is_dependent,
         num_warps=shape.warps,
         num_stages=1,
-        **({"launch_pdl": True} if is_dependent else {}),
+        **overlapping.launch(input),
     )
     return found

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gpuopt.programs.ops import overlapping
 from gpuopt.programs.ops.matvec import MOST
 
 LONGEST = 4096
@@ -97,7 +97,6 @@ def run(input: Tensor, weights: list[Tensor]) -> list[Tensor]:
     found = [input.new_empty((*input.shape[:-1], weight.shape[0])) for weight in weights]
     heights = [weight.shape[0] for weight in weights] + [0] * (MOST - len(weights))
     programs = [triton.cdiv(height, shape.rows) for height in heights]
-    is_dependent = input.is_cuda and torch.cuda.get_device_capability(input.device)[0] >= 9
     _matvecs[(sum(programs),)](
         input,
         weights[0],
@@ -110,10 +109,9 @@ def run(input: Tensor, weights: list[Tensor]) -> list[Tensor]:
         ROWS=shape.rows,
         PIECE=shape.piece,
         IS_EVEN=width % shape.piece == 0,
-        IS_DEPENDENT=is_dependent,
         num_warps=shape.warps,
         num_stages=1,
-        **({"launch_pdl": True} if is_dependent else {}),
+        **overlapping.launch(input),
     )
     return found
 

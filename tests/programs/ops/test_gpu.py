@@ -118,6 +118,33 @@ def test_a_compiler_takes_them_whole(mode, forgetful):
         assert {"gpuopt::conv_relu", "gpuopt::linear_gelu"}.isdisjoint(ran), ("a replay dispatches no op", ran, told)
 
 
+def one_kernel(call, name):
+    """A call is one kernel, of ours."""
+    call()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    names = [event.name for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len([found for found in names if name in found]) == 1 == len([n for n in names if "memcpy" not in n.lower()]), names
+
+
+def replays_give_the_same(chain, start):
+    """In a CUDA graph, where each kernel begins as early as it may, after replays with another input."""
+    wanted = chain(start)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        chain(start)
+    torch.cuda.synchronize()
+    graph, given = torch.cuda.CUDAGraph(), start.clone()
+    with torch.cuda.graph(graph, stream=stream):
+        out = chain(given)
+    for number in range(60):
+        given.copy_(start if number % 2 else start.flip(-1))
+        graph.replay()
+        if number % 2:
+            assert torch.equal(out, wanted), number
+
+
 WIDTHS = [64, 1000, 4096, 5000, 8192, 14336]
 
 
@@ -137,12 +164,7 @@ def test_they_run_in_one_kernel_of_ours():
     row = torch.randn(1, 4096, device="cuda").half()
     weights = [torch.randn(height, 4096, device="cuda").half() for height in (4096, 1024, 1024)]
     call = lambda: matvec.matvecs(row, weights)  # noqa: E731
-    call()
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        call()
-        torch.cuda.synchronize()
-    names = [event.name for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert len([name for name in names if "_matvecs" in name]) == 1 == len([n for n in names if "memcpy" not in n.lower()]), names
+    one_kernel(call, "_matvecs")
 
 
 @pytest.mark.parametrize("case", ["two rows", "fp32", "ragged", "unaligned", "transposed", "with gaps"])
@@ -177,19 +199,7 @@ def test_a_chain_of_them_in_a_graph_reads_what_the_one_before_wrote():
             row = row / row.float().norm().to(row.dtype) * 64 if number % 5 == 4 else row
         return row
 
-    wanted = chain(start)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        chain(start)
-    torch.cuda.synchronize()
-    graph, given = torch.cuda.CUDAGraph(), start.clone()
-    with torch.cuda.graph(graph, stream=stream):
-        out = chain(given)
-    for number in range(60):
-        given.copy_(start if number % 2 else start.flip(-1))
-        graph.replay()
-        if number % 2:
-            assert torch.equal(out, wanted), number
+    replays_give_the_same(chain, start)
 
 
 @pytest.mark.parametrize("dtype", attend_one.HALVES, ids=str)
@@ -216,12 +226,7 @@ def test_attention_of_one_query(sizes, length, kind, dtype):
 def test_it_runs_in_one_kernel_of_ours():
     query, key, value = (torch.randn(1, heads, length, 128, device="cuda").half() for heads, length in ((32, 1), (8, 256), (8, 256)))
     call = lambda: attend_one.attend_one(query, key, value, None, 0.1)  # noqa: E731
-    call()
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        call()
-        torch.cuda.synchronize()
-    names = [event.name for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert len([name for name in names if "_attend_one" in name]) == 1 == len([n for n in names if "memcpy" not in n.lower()]), names
+    one_kernel(call, "_attend_one")
 
 
 @pytest.mark.parametrize("act", gated_matvec.ACTS)
@@ -244,12 +249,7 @@ def test_gated_products_round_where_the_unfused_operators_do(width, height, dtyp
 def test_a_gated_pair_runs_in_one_kernel_of_ours():
     row, gate, up = (torch.randn(height, 4096, device="cuda").half() for height in (1, 14336, 14336))
     call = lambda: gated_matvec.gated_matvec(row, gate, up, "silu")  # noqa: E731
-    call()
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        call()
-        torch.cuda.synchronize()
-    names = [event.name for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert len([name for name in names if name.startswith("_matvecs")]) == 1 == len([n for n in names if "memcpy" not in n.lower()]), names
+    one_kernel(call, "_matvecs_gated")
 
 
 @pytest.mark.parametrize("case", ["two rows", "fp32", "ragged", "unaligned", "transposed", "with gaps"])
@@ -284,16 +284,4 @@ def test_a_chain_of_gated_pairs_in_a_graph_reads_what_the_one_before_wrote():
             row = row / row.float().norm().to(row.dtype) * 64
         return row
 
-    wanted = chain(start)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        chain(start)
-    torch.cuda.synchronize()
-    graph, given = torch.cuda.CUDAGraph(), start.clone()
-    with torch.cuda.graph(graph, stream=stream):
-        out = chain(given)
-    for number in range(60):
-        given.copy_(start if number % 2 else start.flip(-1))
-        graph.replay()
-        if number % 2:
-            assert torch.equal(out, wanted), number
+    replays_give_the_same(chain, start)
